@@ -1,0 +1,80 @@
+"""The ``ftcli`` command: its subcommands, and the one place where an error becomes a message and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+from typer.exceptions import Abort, TyperException
+
+from ftcli import __version__
+from ftcli.cli import chat, console, env, recipe, train
+from ftcli.errors import FtcliError, UsageError
+
+
+class ErrorGroup(TyperGroup):
+    """Shows what went wrong once, the same way for every command, and exits with its code."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+        extra["standalone_mode"] = False
+        words = list(sys.argv[1:] if args is None else args)
+        try:
+            code = super().main(words, *rest, **extra)
+        except FtcliError as error:
+            code = console.show_error(error, as_json="--json" in words)
+        except (KeyboardInterrupt, Abort):
+            code = console.show_stop(as_json="--json" in words)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output is gone
+            code = 0
+        except TyperException as error:
+            code = self._show_usage(error, words)
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def _show_usage(self, error: Any, words: Sequence[str]) -> int:
+        context = getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            console.print_text(context.get_help())
+            return 2
+        command = context.command_path if context else "ftcli"
+        text = error.format_message() if hasattr(error, "format_message") else str(error)
+        text = text[:1].lower() + text[1:].rstrip(".")
+        return console.show_error(UsageError(text, hint=f"see {command} --help"), as_json="--json" in words)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        console.print_text(f"ftcli {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=ErrorGroup,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-tune large language models from one recipe, and see what is learned.",
+)
+app.command("train")(train.train)
+app.command("chat")(chat.chat)
+app.add_typer(recipe.app, name="recipe")
+app.command("env")(env.env)
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit.", callback=show_version, is_eager=True
+    ),
+) -> None:
+    """Fine-tune large language models from one recipe, and see what is learned."""
+
+
+def main() -> None:
+    """Nothing: runs the command line and exits."""
+    app()

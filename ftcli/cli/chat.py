@@ -1,0 +1,44 @@
+"""``ftcli chat``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ftcli.cli import console
+from ftcli.cli.option import Json, Quiet, Verbose
+
+
+def chat(
+    target: Annotated[
+        str | None,
+        typer.Argument(help="A run, adapter or model; none: the newest finished run.", show_default=False),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Ask once, print the answer, exit.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="The system message.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep the likeliest tokens of this mass.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep this many tokens; 0 keeps all.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="For sampling.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
+    compare_base: Annotated[bool, typer.Option("--compare-base", help="Also let the base model answer.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Talk to a run, an adapter or a model."""
+    with console.reporting(quiet=quiet or json, verbose=verbose):
+        from ftcli.evaluate.generate import Sampling
+        from ftcli.jobs.chat import load_chat_model
+
+        model = load_chat_model(target, with_base=compare_base)
+    sampling = Sampling(temperature, top_p, top_k, seed, max_new_tokens)
+    if target is None and not quiet:
+        console.print_talk(f"newest finished run: {model.name}")
+    if prompt is None and json:
+        raise typer.BadParameter("needs --prompt", param_hint="--json")
+    if prompt is None:
+        console.converse(model, sampling, system=system, compare_base=compare_base)
+    else:
+        console.ask_once(model, sampling, prompt, system=system, compare_base=compare_base, as_json=json)

@@ -1,0 +1,313 @@
+"""The only file that prints: data to stdout, talk to stderr, legible without colour and at 80 columns."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ftcli.errors import FtcliError, Interrupted
+from ftcli.events import EvalDone, Event, Notice, OnEvent, Progress, Saved, Stage, StepDone
+
+if TYPE_CHECKING:
+    from ftcli.evaluate.generate import Sampling
+    from ftcli.jobs.chat import ChatModel
+    from ftcli.jobs.environment import Environment
+    from ftcli.jobs.summary import RunSummary
+    from ftcli.recipe import LoadedRecipe
+
+SCHEMA = 1
+_PLAIN_LINES = 20  # about as many step lines as a log of a whole run should have
+_SAMPLES_SHOWN = 3
+
+
+def print_text(text: str = "") -> None:
+    """Nothing; ``text`` is a line on stdout."""
+    print(text, flush=True)
+
+
+def print_talk(text: str) -> None:
+    """Nothing; ``text`` is a line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(document: Any) -> None:
+    """Nothing; ``document`` is on stdout."""
+    print(json.dumps(document, indent=2, ensure_ascii=False), flush=True)
+
+
+def show_error(error: FtcliError, *, as_json: bool) -> int:
+    """The error's exit code, after it was shown."""
+    if as_json:
+        details = {
+            "code": error.code,
+            "exit": error.exit_code,
+            "message": error.what,
+            "where": error.where or None,
+            "hint": error.hint or None,
+        }
+        print_json({"schema": SCHEMA, "error": details})
+    label = "error:"
+    if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+        label = f"\x1b[1;31m{label}\x1b[0m"
+    print_talk(f"{label} {error}")
+    return error.exit_code
+
+
+def show_stop(*, as_json: bool) -> int:
+    """130, after saying that nothing was under way that could be saved."""
+    return show_error(Interrupted("stopped by SIGINT", signal_number=2), as_json=as_json)
+
+
+@contextmanager
+def reporting(*, quiet: bool, verbose: bool) -> Iterator[OnEvent]:
+    """A block in which libraries are silent and long work is reported on stderr through the yielded callable."""
+    if not verbose:
+        _silence_libraries()
+    reporter = Reporter(quiet=quiet)
+    try:
+        yield reporter.report
+    finally:
+        reporter.end_line()
+
+
+def _silence_libraries() -> None:
+    """Progress bars and advice of the libraries would bury what ftcli says; errors still come as exceptions."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.simplefilter("ignore")
+    for name in ("transformers", "bitsandbytes", "peft", "accelerate", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class Reporter:
+    """Shows events: one live line in a terminal, some plain lines in a log."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+        self.is_live = sys.stderr.isatty()
+        self.has_line = False
+
+    def report(self, event: Event) -> None:
+        if self.quiet:
+            return
+        if isinstance(event, StepDone):
+            self._show_step(event)
+        elif isinstance(event, Progress):
+            if self.is_live:
+                self._show_live(f"{event.stage}  {event.done}/{event.total}")
+        else:
+            self.end_line()
+            print_talk(describe_event(event))
+
+    def end_line(self) -> None:
+        if self.has_line:
+            print(file=sys.stderr, flush=True)
+            self.has_line = False
+
+    def _show_step(self, event: StepDone) -> None:
+        width = len(str(event.total_steps))
+        text = (
+            f"step {event.step:>{width}}/{event.total_steps}  loss {event.loss:.4f}  "
+            f"{event.tokens_per_second:,.0f} tok/s  {format_seconds(event.seconds_left)} left"
+        )
+        if self.is_live:
+            self._show_live(text)
+        elif event.step == 1 or event.step % max(1, event.total_steps // _PLAIN_LINES) == 0:
+            print_talk(text)
+
+    def _show_live(self, text: str) -> None:
+        width = shutil.get_terminal_size().columns
+        print(f"\r{text[: width - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
+        self.has_line = True
+
+
+def describe_event(event: Event) -> str:
+    """One line of plain text."""
+    if isinstance(event, Stage):
+        return f"{event.name:<10} {event.detail}"
+    if isinstance(event, Notice):
+        return f"notice: {event.text}"
+    if isinstance(event, EvalDone):
+        score = "" if event.score is None else f"  score {event.score:.1%} of {event.n_rows}"
+        return f"eval       {event.dataset} after step {event.step}: loss {event.loss:.4f}{score}"
+    if isinstance(event, Saved):
+        return f"saved      {event.path}"
+    return str(event)
+
+
+def format_seconds(seconds: float) -> str:
+    """``42 s``, ``3:07`` or ``1:02:05``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def format_bytes(size_bytes: int) -> str:
+    """``269.1 MB`` or ``1.20 GB``; 1 GB is 10^9 bytes."""
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
+
+
+def show_run(summary: RunSummary, *, as_json: bool) -> None:
+    """Nothing; what came of a run is on stdout, with the commands that go on from it."""
+    if as_json:
+        print_json({"schema": SCHEMA, "command": "train", **summary.to_json()})
+        return
+    print_text()
+    print_text(f"{summary.run}: {summary.state}")
+    for label, text in _list_run_facts(summary):
+        print_text(f"  {label:<12} {text}")
+    _show_samples(summary)
+    if summary.artifact:
+        print_text()
+        print_text("next:")
+        print_text(f"  ftcli chat {summary.run}")
+        print_text(f'  ftcli chat {summary.run} --compare-base --prompt "…"')
+
+
+def _list_run_facts(summary: RunSummary) -> list[tuple[str, str]]:
+    facts = [("base", summary.base)]
+    if summary.loss_first is not None and summary.loss_last is not None:
+        facts.append(("loss", f"{summary.loss_first:.4f} → {summary.loss_last:.4f} in {summary.steps} steps"))
+    for entry in summary.evals:
+        before = "" if entry.loss_before is None else f"{entry.loss_before:.4f} → "
+        facts.append((entry.dataset, f"loss {before}{entry.loss_after:.4f}"))
+        if entry.score_after is not None:
+            was = "" if entry.score_before is None else f"{entry.score_before:.1%} → "
+            facts.append(("", f"{entry.metric} {was}{entry.score_after:.1%} of {entry.n_rows} rows"))
+    if summary.seconds is not None:
+        steps = format_seconds(summary.train_seconds)
+        facts.append(("time", f"{format_seconds(summary.seconds)}, of which training {steps}"))
+    if summary.peak_rss_bytes is not None:
+        facts.append(("memory", f"{format_bytes(summary.peak_rss_bytes)} at most"))
+    if summary.artifact:
+        size = "" if summary.trainable_parameters is None else f"  ({summary.trainable_parameters:,} parameters)"
+        facts.append(("saved", f"{summary.artifact}{size}"))
+    return facts
+
+
+def _show_samples(summary: RunSummary) -> None:
+    """A few held-out rows side by side: those that were learned first, then those still wrong."""
+    ordered = sorted(summary.samples, key=lambda s: (s.is_right == s.was_right, s.is_right))
+    wrong = [sample for sample in summary.samples if not sample.is_right][:1]
+    shown = [*ordered[: _SAMPLES_SHOWN - len(wrong)], *wrong]
+    for sample in dict.fromkeys(shown):
+        print_text()
+        print_text(f"  asked   {_shorten(sample.question)}")
+        print_text(f"  before  {_shorten(sample.before)}")
+        print_text(f"  after   {_shorten(sample.after)}  {'right' if sample.is_right else 'wrong'}")
+        if not sample.is_right:
+            print_text(f"  wanted  {_shorten(sample.reference)}")
+
+
+def _shorten(text: str) -> str:
+    width = max(40, shutil.get_terminal_size((80, 24)).columns - 18)
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 1] + "…"
+
+
+def show_recipe(loaded: LoadedRecipe, text: str, *, as_json: bool, quiet: bool) -> None:
+    """Nothing; the checked recipe is on stdout."""
+    if as_json:
+        resolved = loaded.recipe.model_dump(mode="json", by_alias=True)
+        print_json(
+            {"schema": SCHEMA, "command": "recipe check", "recipe": resolved, "sources": dict(loaded.sources)}
+        )
+    elif not quiet:
+        print_text(text.rstrip())
+        print_talk(f"{loaded.path}: no problems found")
+
+
+def show_environment(environment: Environment, *, as_json: bool) -> None:
+    """Nothing; the environment is on stdout."""
+    if as_json:
+        print_json({"schema": SCHEMA, "command": "env", **asdict(environment)})
+        return
+    print_text(f"python     {environment.python} on {environment.platform}, {environment.cpu_cores} cores")
+    for device in environment.devices:
+        capability = f", compute capability {device.capability}" if device.capability else ""
+        print_text(f"device     {device.kind}: {device.name}, {format_bytes(device.memory_bytes)}{capability}")
+    print_text()
+    for name, number in environment.versions.items():
+        print_text(f"{name:<16} {number or 'not installed'}")
+    print_text()
+    for ability in environment.abilities:
+        print_text(f"{ability.name:<16} {'yes' if ability.works else 'no ':<3}  {ability.detail}")
+        if ability.hint:
+            print_text(f"{'':<21} {ability.hint}")
+
+
+def ask_once(
+    model: ChatModel,
+    sampling: Sampling,
+    prompt: str,
+    *,
+    system: str | None,
+    compare_base: bool,
+    as_json: bool,
+) -> None:
+    """Nothing; the answer to ``prompt`` is on stdout, streamed in a terminal."""
+    messages = _start_messages(system, prompt)
+    if as_json:
+        base = model.answer(messages, sampling, use_base=True) if compare_base else None
+        answer = model.answer(messages, sampling)
+        document = {"target": model.name, "prompt": prompt, "answer": answer, "base_answer": base}
+        print_json({"schema": SCHEMA, "command": "chat", **document})
+        return
+    if compare_base:
+        _show_answer(model, sampling, messages, "base:  ", use_base=True)
+    _show_answer(model, sampling, messages, "tuned: " if compare_base else "")
+
+
+def converse(model: ChatModel, sampling: Sampling, *, system: str | None, compare_base: bool) -> None:
+    """Nothing; returns when the person ends the conversation."""
+    print_talk("an empty line or Ctrl-D ends the conversation")
+    messages = _start_messages(system, None)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        from ftcli.data.message import Message
+
+        messages.append(Message("user", line))
+        if compare_base:
+            _show_answer(model, sampling, messages, "base:  ", use_base=True)
+        answer = _show_answer(model, sampling, messages, "tuned: " if compare_base else "")
+        messages.append(Message("assistant", answer))
+
+
+def _start_messages(system: str | None, prompt: str | None) -> list[Any]:
+    from ftcli.data.message import Message
+
+    messages = [Message("system", system)] if system else []
+    return [*messages, Message("user", prompt)] if prompt is not None else messages
+
+
+def _show_answer(
+    model: ChatModel, sampling: Sampling, messages: list[Any], label: str, *, use_base: bool = False
+) -> str:
+    if not sys.stdout.isatty():
+        answer = model.answer(messages, sampling, use_base=use_base)
+        print_text(label + answer)
+        return answer
+    print(label, end="", flush=True)
+    answer = model.answer(
+        messages, sampling, use_base=use_base, on_text=lambda piece: print(piece, end="", flush=True)
+    )
+    print(flush=True)
+    return answer

@@ -1,0 +1,11 @@
+"""The options that every command has, and the groups of options that several share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no notices.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Also what the libraries log.")]

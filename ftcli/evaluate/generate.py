@@ -1,0 +1,134 @@
+"""Answers: the model's continuation of a rendered prompt, through transformers' own generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ftcli.data.chat import ChatRenderer
+from ftcli.data.message import Example
+from ftcli.evaluate.score import SCORES
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; ``temperature`` 0 takes the most probable one."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    max_new_tokens: int = 512
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One held-out row: what was asked, what was wanted, what came, and whether it is right."""
+
+    question: str
+    reference: str
+    text: str
+    is_right: bool
+
+
+@dataclass(frozen=True)
+class ScoreReport:
+    """The share of right answers, from 0 to 1, and every answer."""
+
+    metric: str
+    score: float
+    answers: tuple[Answer, ...]
+
+
+@torch.no_grad()
+def generate_texts(
+    model: Any,
+    renderer: ChatRenderer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    streamer: Any = None,
+) -> list[str]:
+    """The answers to ``prompts`` (ids), generated side by side, without special tokens.
+
+    The model is left in the mode it was found in. Padding is on the left and masked by position, so it does not
+    matter that a pad token may be an end-of-turn token.
+    """
+    tokenizer = renderer.tokenizer
+    stops = renderer.end_of_turn_ids
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
+        stops = [*stops, tokenizer.eos_token_id]
+    width = max(len(prompt) for prompt in prompts)
+    pad = stops[0]
+    device = model.get_input_embeddings().weight.device
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if sampling.temperature > 0:
+        torch.manual_seed(sampling.seed)
+        options = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+        }
+    was_training = model.training
+    model.eval()
+    try:
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=stops,
+            pad_token_id=pad,
+            use_cache=True,
+            streamer=streamer,
+            **options,
+        )
+    finally:
+        model.train(was_training)
+    return [_decode(tokenizer, row[width:].tolist(), stops) for row in output]
+
+
+def _decode(tokenizer: Any, ids: list[int], stops: Sequence[int]) -> str:
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    return str(tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def score_examples(
+    model: Any,
+    renderer: ChatRenderer,
+    examples: Sequence[Example],
+    *,
+    metric: str,
+    max_new_tokens: int,
+    batch_rows: int,
+    check_stop: Callable[[], None] = lambda: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ScoreReport:
+    """How many of ``examples`` the model answers as their last assistant turn does, greedily decoded.
+
+    Rows that do not end with an assistant's text are left out.
+    """
+    asked = [e for e in examples if e.messages and e.messages[-1].role == "assistant" and e.messages[-1].content]
+    prompts = [renderer.render_prompt(e.messages[:-1], e.tools) for e in asked]
+    order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))  # alike lengths waste the least padding
+    texts: dict[int, str] = {}
+    for start in range(0, len(order), batch_rows):
+        check_stop()
+        group = order[start : start + batch_rows]
+        sampling = Sampling(max_new_tokens=max_new_tokens)
+        answers = generate_texts(model, renderer, [prompts[i] for i in group], sampling)
+        texts.update(zip(group, answers, strict=True))
+        on_progress(len(texts), len(order))
+    is_right = SCORES[metric]
+    rows = []
+    for i, example in enumerate(asked):
+        question = next((m.content or "" for m in reversed(example.messages[:-1]) if m.role == "user"), "")
+        reference = example.messages[-1].content or ""
+        rows.append(Answer(question, reference, texts[i], is_right(texts[i], reference)))
+    n_right = sum(row.is_right for row in rows)
+    return ScoreReport(metric, n_right / max(1, len(rows)), tuple(rows))

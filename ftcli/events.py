@@ -1,0 +1,73 @@
+"""What long work reports while it runs: frozen values handed to an ``on_event`` callable.
+
+The core prints nothing. The CLI turns these into a live line or plain lines; a script may collect them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the work begins, such as loading the model."""
+
+    name: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the user can act on, or would otherwise be surprised by."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """``done`` of ``total`` items of the current stage are finished."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimizer step of a training run is finished."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class EvalDone:
+    """One pass over a held-out data set is finished; ``score`` is a share from 0 to 1."""
+
+    step: int
+    dataset: str
+    loss: float
+    score: float | None
+    n_rows: int
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint or an artifact lies complete under its final name."""
+
+    path: str
+
+
+Event = Stage | Notice | Progress | StepDone | EvalDone | Saved
+OnEvent = Callable[[Event], None]
+
+
+def ignore_event(event: Event) -> None:
+    """Nothing: the default ``on_event``."""

@@ -1,0 +1,1 @@
+"""What needs several rooms: a run's summary, a conversation with a model, the environment."""

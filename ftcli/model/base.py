@@ -1,0 +1,238 @@
+"""The base model in memory: 16-bit, 32-bit or NF4, from a transformers folder or a GGUF file.
+
+Every base takes one of two ways through transformers' own loader, and is then checked: no weight may be
+missing, left over or of another shape, and only ``Linear4bit`` modules are ever 4-bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftcli.errors import ContentError, UsageError
+from ftcli.recipe import ModelSection, QuantizationSection
+from ftcli.store.gguf_header import read_gguf_header
+from ftcli.store.target import ModelFiles
+
+# Families whose GGUF tensors are known to come back as the weights they were made from.
+GGUF_FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+def choose_device() -> torch.device:
+    """CUDA's current device where there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that ``model.dtype`` means: ``auto`` is bfloat16 where the device has it, else float16.
+
+    CUDA has bfloat16 from compute capability 8.0; CPUs always.
+    """
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8:
+        return torch.bfloat16
+    return torch.float16
+
+
+def build_skeleton(files: ModelFiles, model: ModelSection) -> nn.Module:
+    """The model without weights (on the meta device), to check names against before anything is loaded.
+
+    Raises:
+        ContentError: a family that transformers does not know, or a mixture of experts.
+        UsageError: the model needs Python code of its own and the recipe does not allow that.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _check_gguf(files)
+    options = {"gguf_file": files.gguf_file} if files.gguf_file else {}
+    try:
+        config = AutoConfig.from_pretrained(
+            str(files.folder), trust_remote_code=model.trust_remote_code, local_files_only=True, **options
+        )
+        _check_experts(config, files)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError, TypeError, AttributeError) as error:
+        raise _explain_load_error(error, files) from error
+    return skeleton  # type: ignore[no-any-return]
+
+
+def load_model(
+    files: ModelFiles,
+    model: ModelSection,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: QuantizationSection | None = None,
+) -> Any:
+    """The base model with its weights, on ``device``, in ``dtype`` (or NF4 with all else in ``dtype``).
+
+    Raises:
+        ContentError: weights are missing, left over, of another shape, or not finite.
+        UsageError: the attention implementation is not available.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code}
+    if model.attn_implementation:
+        options["attn_implementation"] = model.attn_implementation
+    try:
+        if files.gguf_file:
+            loaded, info = _load_gguf(files, options, device, quantization)
+        else:
+            loaded, info = _load_folder(files, options, device, quantization)
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise _explain_load_error(error, files) from error
+    _check_loading(files, loaded, info)
+    for module in loaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes repacks NF4 weights on the first forward without gradients, for inference only:
+            # gradients afterwards are silently wrong, and what is saved then too
+            module.support_avx512bf16_for_cpu = False
+    loaded.config.use_cache = False
+    return loaded.to(device) if quantization is None else loaded
+
+
+def count_embedding_rows(model: Any) -> int:
+    """Rows of the input embedding, which may be more than the tokenizer has entries."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _load_folder(
+    files: ModelFiles, options: dict[str, Any], device: torch.device, quantization: QuantizationSection | None
+) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    if quantization:
+        options |= {
+            "quantization_config": build_quantization(quantization, options["dtype"]),
+            "device_map": {"": device},
+        }
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        str(files.folder), local_files_only=True, output_loading_info=True, **options
+    )
+    return loaded, info
+
+
+def _load_gguf(
+    files: ModelFiles, options: dict[str, Any], device: torch.device, quantization: QuantizationSection | None
+) -> tuple[Any, dict[str, Any]]:
+    """Dequantised by transformers, then as an ordinary state dict into a fresh model of the same config.
+
+    A model that came straight from a GGUF file cannot be saved or quantised.
+    """
+    import transformers
+
+    # transformers 5.18 keeps GGUF tensors packed unless it is told otherwise
+    config_class = getattr(transformers, "GgufConfig", None)
+    packed = {"quantization_config": config_class(dequantize=True)} if config_class else {}
+    dense, info = transformers.AutoModelForCausalLM.from_pretrained(
+        str(files.folder),
+        gguf_file=files.gguf_file,
+        local_files_only=True,
+        output_loading_info=True,
+        **options,
+        **packed,
+    )
+    config = _clean_config(dense.config)
+    weights = dense.state_dict()
+    if quantization:
+        options |= {
+            "quantization_config": build_quantization(quantization, options["dtype"]),
+            "device_map": {"": device},
+        }
+    options.pop("trust_remote_code")
+    loaded, second = type(dense).from_pretrained(
+        None, config=config, state_dict=weights, output_loading_info=True, **options
+    )
+    loaded.generation_config = dense.generation_config
+    info["missing_keys"] = [*info["missing_keys"], *second["missing_keys"]]
+    return loaded, info
+
+
+def _clean_config(config: Any) -> Any:
+    """The config as its own family writes it: no trace of GGUF, floats as they were before float32."""
+    values = config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "pretraining_tp", "unk_token_id"):
+        values.pop(key, None)
+    return type(config).from_dict({key: _shorten_float(value) for key, value in values.items()})
+
+
+def _shorten_float(value: Any) -> Any:
+    """9.999999747378752e-06 → 1e-05: the shortest decimal that is the same float32."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    return {k: _shorten_float(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def build_quantization(quantization: QuantizationSection, dtype: torch.dtype) -> Any:
+    """transformers' ``BitsAndBytesConfig`` for the recipe's section; computation is in ``dtype``."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _check_gguf(files: ModelFiles) -> None:
+    if not (path := files.gguf_path):
+        return
+    header = read_gguf_header(path)
+    if header.architecture not in GGUF_FAMILIES:
+        raise ContentError(
+            f"GGUF files of the family {header.architecture or 'unknown'!r} cannot be trained yet",
+            where=files.reference,
+            hint=f"use the model's transformers folder; GGUF works for {', '.join(GGUF_FAMILIES)}",
+        )
+    if any(tensor.name == "rope_freqs.weight" for tensor in header.tensors):
+        raise ContentError(
+            "this GGUF file stretches its positions (rope_freqs), which cannot be restored",
+            where=files.reference,
+            hint="use the model's transformers folder",
+        )
+
+
+def _check_experts(config: Any, files: ModelFiles) -> None:
+    for key in ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"):
+        if getattr(config, key, None):
+            raise ContentError(
+                f"{config.model_type} is a mixture of experts, which ftcli does not train",
+                where=files.reference,
+                why="its experts are no linear modules: NF4 and LoRA would silently miss or misplace them",
+                hint="choose a dense model",
+            )
+
+
+def _check_loading(files: ModelFiles, model: Any, info: dict[str, Any]) -> None:
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    missing = sorted(set(info.get("missing_keys", ())) - tied)
+    unexpected = sorted(key for key in info.get("unexpected_keys", ()) if "rotary_emb.inv_freq" not in key)
+    mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
+    for kind, keys in (("missing", missing), ("left over", unexpected), ("of another shape", mismatched)):
+        if keys:
+            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise ContentError(
+                f"{len(keys)} weights are {kind}: {shown}",
+                where=files.reference,
+                why="the files are not the whole model that config.json describes",
+                hint="download or copy the model again",
+            )
+
+
+def _explain_load_error(error: Exception, files: ModelFiles) -> ContentError | UsageError:
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return UsageError(
+            "the model brings Python code of its own",
+            where=files.reference,
+            hint="read that code, then set model.trust_remote_code: true",
+        )
+    if isinstance(error, ImportError):
+        return UsageError(text, where=files.reference, hint="install the package, or change attn_implementation")
+    return ContentError("the model cannot be loaded", where=files.reference, why=text)

@@ -1,0 +1,152 @@
+"""Writes that are either whole or not there: temporary name in the same folder, fsync, rename."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ftcli.errors import DiskError
+
+_HASH_BLOCK_BYTES = 1 << 20
+
+
+def write_text(path: Path, text: str) -> None:
+    """Nothing; afterwards ``path`` holds ``text``, or what it held before.
+
+    Raises:
+        DiskError: the disk is full or the path may not be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with disk_errors(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Nothing; afterwards ``path`` holds ``value`` as indented JSON, or what it held before."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """A new empty folder that becomes ``final`` when the block ends without an error.
+
+    Every file is flushed to the disk before the rename, so a folder under its final name is complete.
+    An existing ``final`` is set aside, and removed only after the new one stands.
+
+    Raises:
+        DiskError: the disk is full or the folder may not be written; nothing is left behind.
+    """
+    staging = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    with disk_errors(final):
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            yield staging
+            sync_tree(staging)
+            replace_folder(staging, final)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def replace_folder(source: Path, final: Path) -> None:
+    """Nothing; ``source`` now bears the name ``final``, and what bore it before is gone."""
+    old = final.with_name(f".{final.name}.old-{os.getpid()}")
+    if final.exists():
+        final.rename(old)
+    source.rename(final)
+    sync_folder(final.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def sync_tree(folder: Path) -> None:
+    """Nothing; every file and folder below ``folder`` is on the disk, readable as umask says.
+
+    safetensors creates its files with mode 0600, whatever the umask is.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            path.chmod(0o666 & ~mask)
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        sync_folder(Path(parent))
+
+
+def sync_folder(folder: Path) -> None:
+    """Nothing; the names in ``folder`` are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of the file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name (relative, with slashes) → ``{"sha256", "bytes"}`` of every file below ``folder``."""
+    return {
+        path.relative_to(folder).as_posix(): {"sha256": hash_file(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A block in which an operating system's refusal to write becomes a ``DiskError`` naming ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise explain_disk_error(error, path) from error
+    except Exception as error:
+        # safetensors reports a full disk as its own error type with the OS text inside
+        if "No space left on device" in str(error):
+            raise explain_disk_error(OSError(errno.ENOSPC, "No space left on device"), path) from error
+        raise
+
+
+def explain_disk_error(error: OSError, path: Path) -> DiskError:
+    """A ``DiskError`` that says what stopped the write to ``path`` and what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = free_bytes(path)
+        return DiskError(
+            f"the disk is full: {free / 1e6:.1f} MB are free",
+            where=str(path),
+            hint="free some space, or set output_dir to another disk; what was saved before is intact",
+        )
+    reason = error.strerror or str(error)
+    return DiskError(f"cannot write: {reason.lower()}", where=str(path), hint="choose a folder you may write to")
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that may be written on the disk that holds ``path`` (which need not exist yet)."""
+    for folder in (path, *path.parents):
+        with suppress(OSError):
+            return shutil.disk_usage(folder).free
+    return 0

@@ -1,0 +1,210 @@
+"""A run folder: its paths, its manifest, its lock, and how a finished one is found again.
+
+runs/NAME/
+    recipe.yaml  manifest.json  metrics.jsonl  timing.jsonl  eval.jsonl
+    checkpoints/step-000200/    adapter/ (LoRA) or model/ (full fine-tuning)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ftcli.errors import ContentError, DiskError, UsageError
+from ftcli.store.file import describe_files, disk_errors, hash_file, write_json
+
+MANIFEST_SCHEMA = 1
+STATES = ("running", "finished", "interrupted", "failed")
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The names inside one run folder."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def timing(self) -> Path:
+        return self.path / "timing.jsonl"
+
+    @property
+    def eval(self) -> Path:
+        return self.path / "eval.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def artifact(self) -> Path:
+        """What the run has trained: ``adapter/``, or ``model/`` for full fine-tuning."""
+        return self.model if self.model.exists() else self.adapter
+
+    def holds_run(self) -> bool:
+        return self.manifest.exists()
+
+
+def read_manifest(run: RunFolder) -> dict[str, Any]:
+    """The manifest of a run folder.
+
+    Raises:
+        ContentError: there is none, it is damaged, or a newer ftcli wrote it.
+    """
+    try:
+        manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ContentError("no manifest.json: this is no run folder", where=str(run.path)) from error
+    except ValueError as error:
+        raise ContentError("manifest.json is damaged", where=str(run.path)) from error
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema != MANIFEST_SCHEMA:
+        raise ContentError(
+            f"manifest.json has schema {schema}; this ftcli reads {MANIFEST_SCHEMA}", where=str(run.path)
+        )
+    return dict(manifest)
+
+
+def update_manifest(run: RunFolder, **changes: Any) -> dict[str, Any]:
+    """The manifest after ``changes`` were written into it; it is created if there is none."""
+    manifest = read_manifest(run) if run.manifest.exists() else {"schema": MANIFEST_SCHEMA}
+    manifest.update(changes)
+    write_json(run.manifest, manifest)
+    return manifest
+
+
+def seal_manifest(run: RunFolder, folder: Path, **changes: Any) -> dict[str, Any]:
+    """The manifest after ``changes`` and the hashes of every file in ``folder`` were written into it."""
+    files = {f"{folder.name}/{name}": entry for name, entry in describe_files(folder).items()}
+    return update_manifest(run, files=files, **changes)
+
+
+def check_files(run: RunFolder) -> None:
+    """None if every file that the manifest names is there with the bytes that were written.
+
+    Raises:
+        ContentError: a file is missing or differs.
+    """
+    for name, entry in read_manifest(run).get("files", {}).items():
+        path = run.path / name
+        if not path.is_file() or hash_file(path) != entry["sha256"]:
+            what = "is missing" if not path.is_file() else "differs from what the run wrote"
+            raise ContentError(what, where=str(path), hint="restore the file, or train again")
+
+
+def now_text() -> str:
+    """The present moment in UTC, ISO 8601 with seconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def find_newest_run(root: Path = Path("runs")) -> RunFolder:
+    """The finished run below ``root`` that finished last.
+
+    Raises:
+        UsageError: there is no finished run.
+    """
+    finished: list[tuple[str, RunFolder]] = []
+    for manifest in sorted(root.glob("*/manifest.json")):
+        run = RunFolder(manifest.parent)
+        with suppress(ContentError):
+            entry = read_manifest(run)
+            if entry.get("state") == "finished":
+                finished.append((str(entry.get("finished_at", "")), run))
+    if not finished:
+        raise UsageError(
+            f"no finished run under {root}/", hint="name a run folder, or train first: ftcli train RECIPE"
+        )
+    return max(finished, key=lambda pair: pair[0])[1]
+
+
+@contextmanager
+def locked(run: RunFolder) -> Iterator[None]:
+    """A block in which no other process can train into this run folder.
+
+    The lock is the operating system's and ends with the process, however that ends.
+
+    Raises:
+        DiskError: another run holds the folder, or it cannot be created.
+    """
+    with disk_errors(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DiskError(
+                "another run is training into this folder",
+                where=str(run.path),
+                hint="wait for it, or set another output_dir",
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def clear_run(run: RunFolder) -> None:
+    """Nothing; the run folder is empty but for its lock."""
+    with disk_errors(run.path):
+        for entry in run.path.iterdir():
+            if entry.name == _LOCK:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Nothing; ``value`` is the last line of the JSONL file at ``path``."""
+    with disk_errors(path), path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; an incomplete last line (a run was killed while writing) is left out."""
+    if not path.exists():
+        return []
+    values = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):
+            values.append(json.loads(line))
+    return values
+
+
+def cut_lines(path: Path, last_step: int) -> None:
+    """Nothing; lines of ``path`` after optimizer step ``last_step`` are gone, for a run that resumes there."""
+    if path.exists():
+        kept = [entry for entry in read_lines(path) if entry.get("step", 0) <= last_step]
+        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        with disk_errors(path):
+            temporary.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept), encoding="utf-8")
+            temporary.replace(path)

