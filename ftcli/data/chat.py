@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -25,8 +26,8 @@ from ftcli.errors import ContentError
 TrainOn = str | Sequence[str]
 Span = tuple[int, int]
 
-# One private-use character (Unicode plane 15) stands for each special token that a message spells out.
-_MARKER_BASE = 0xF0000
+# One private-use character (Unicode planes 15 and 16) stands for each special token that a message spells out.
+_MARKERS = (*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
 _PROBE = "ftcliprobe"
 _MELTED = "the first characters of a turn cannot be separated from the generation prompt"
 
@@ -55,10 +56,7 @@ class ChatRenderer:
         added = list(tokenizer.added_tokens_decoder.values())
         self._added = _match_any(token.content for token in added)
         self._special = _match_any(token.content for token in added if token.special)
-        texts = sorted(token.content for token in added if token.special)
-        self._markers = {text: chr(_MARKER_BASE + i) for i, text in enumerate(texts)}
-        self._spellings = {marker: text for text, marker in self._markers.items()}
-        self._marker_class = re.compile(f"[{chr(_MARKER_BASE)}-{chr(_MARKER_BASE + max(1, len(texts)) - 1)}]")
+        self._special_texts = sorted(token.content for token in added if token.special)
         self._literal: Any = None
         self._prompt_tails: dict[str, list[int]] = {}
         self._turn_ends: tuple[str, ...] = ()
@@ -247,6 +245,17 @@ class ChatRenderer:
 
     # --- text that looks like a special token
 
+    @cached_property
+    def _markers(self) -> dict[str, str]:
+        """Special token → the character that stands for it: none that the vocabulary knows (Gemma's has some)."""
+        vocabulary = self.tokenizer.get_vocab()
+        free = (chr(code) for code in _MARKERS if chr(code) not in vocabulary)
+        return dict(zip(self._special_texts, free, strict=False))
+
+    @cached_property
+    def _marker_class(self) -> re.Pattern[str]:
+        return re.compile(f"[{''.join(self._markers.values())}]")
+
     def _protect(self, example: Example) -> tuple[list[dict[str, Any]], Any, bool]:
         """The messages and tools for the template, with a marker for each special token that they spell out.
 
@@ -270,14 +279,16 @@ class ChatRenderer:
 
     def _check_no_marker(self, text: str) -> None:
         if self._marker_class.search(text):
-            raise ContentError("holds a special token as text beside private-use characters of plane 15")
+            raise ContentError("holds a special token as text beside private-use characters")
 
     def _swap_markers(self, text: str, spans: Sequence[Span]) -> tuple[str, list[Span]]:
         """``text`` with typed special tokens spelled out and the template's own as markers, and its spans."""
 
+        other = {**self._markers, **{marker: text for text, marker in self._markers.items()}}
+        both = re.compile(f"{self._special.pattern}|{self._marker_class.pattern}")
+
         def swap(piece: str) -> str:
-            both = re.compile(f"{self._special.pattern}|{self._marker_class.pattern}")
-            return both.sub(lambda m: self._markers.get(m.group()) or self._spellings[m.group()], piece)
+            return both.sub(lambda match: other[match.group()], piece)
 
         cuts = sorted({0, len(text), *(position for span in spans for position in span)})
         moved, swapped = {0: 0}, ""
