@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer with a ChatML template and a two-layer Llama, made in-process and saved as a folder."""
+"""A byte-level BPE tokenizer with a ChatML template and a two-layer Llama, made in-process."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ftcli.errors import ContentError, UsageError
@@ -21,7 +22,7 @@ from ftcli.model.target import Targets, plan_targets
 from ftcli.recipe import PeftSection, Recipe
 from ftcli.store.target import ModelFiles, suggest_path
 
-_REWRITES_BASE = ("pissa", "olora")  # inits that move the base weights; see save_adapter
+_REWRITES_BASE = ("pissa", "olora")  # inits that move the base weights; see subtract_initial
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,15 @@ class TrainableCount:
     total: int
 
 
-def build_model(
-    recipe: Recipe, files: ModelFiles, *, dtype: torch.dtype, device: torch.device, initial_folder: Path
-) -> Any:
+@dataclass(frozen=True)
+class Built:
+    """A model to train, and its first LoRA weights if their init moved the base (PiSSA, OLoRA), else none."""
+
+    model: Any
+    initial_lora: dict[str, torch.Tensor]
+
+
+def build_model(recipe: Recipe, files: ModelFiles, *, dtype: torch.dtype, device: torch.device) -> Built:
     """The model that ``recipe`` trains, in training mode.
 
     Names in the recipe are checked before a weight is read. Full fine-tuning keeps its weights in float32.
@@ -44,7 +51,6 @@ def build_model(
         files: the base model.
         dtype: of the frozen base, and of the computation.
         device: where the model lies.
-        initial_folder: where an init that moves the base weights (PiSSA, OLoRA) leaves its first adapter.
 
     Raises:
         UsageError, ContentError: as ``plan_targets`` and ``load_model``; an adapter that does not fit.
@@ -59,17 +65,24 @@ def build_model(
         quantization=recipe.quantization if recipe.is_4bit else None,
     )
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     if recipe.peft is None:
-        return model.train()
+        return Built(model.train(), {})
     torch.manual_seed(recipe.train.seed)
     if recipe.peft.adapter is not None:
         wrapped = load_adapter(model, find_adapter(recipe.peft.adapter), is_trainable=True)
     else:
         wrapped = add_lora(model, recipe.peft, targets)
-    if _moves_base(recipe.peft):
-        _save_initial(wrapped, initial_folder)
-    return wrapped.train()
+    return Built(wrapped.train(), _copy_lora(wrapped) if _moves_base(recipe.peft) else {})
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Nothing; the blocks of ``model`` keep their inputs only, and run again in the backward pass."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.20 on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def check_names(recipe: Recipe, files: ModelFiles) -> Targets | None:
@@ -80,7 +93,7 @@ def check_names(recipe: Recipe, files: ModelFiles) -> Targets | None:
         raise UsageError(
             f"{recipe.data.max_length} is beyond the model's context of {context} tokens",
             where="data.max_length",
-            hint=f"set it to at most {context}, or extend the context with a rope scaling in the model's config.json",
+            hint=f"set it to at most {context}, or extend the context by a rope scaling in config.json",
         )
     if recipe.peft is None:
         return None
@@ -112,7 +125,7 @@ def add_lora(model: Any, peft: PeftSection, targets: Targets | None = None) -> A
         rank_pattern=dict(peft.rank_pattern),
         alpha_pattern=dict(peft.alpha_pattern),
         fan_in_fan_out=is_conv1d,
-        ensure_weight_tying=tied and bool(peft.modules_to_save),
+        ensure_weight_tying=tied and bool({"embed_tokens", "lm_head", "wte"} & set(peft.modules_to_save or ())),
     )
     wrapped = get_peft_model(model, config)
     adapted = set(list_adapted(wrapped))
@@ -202,32 +215,55 @@ def count_parameters(model: nn.Module) -> TrainableCount:
     return TrainableCount(trainable, total)
 
 
-def save_adapter(model: Any, folder: Path, *, initial_folder: Path, base: str) -> None:
-    """Nothing; ``folder`` holds the adapter as plain PEFT loads it onto the untouched base.
-
-    An init that moved the base weights (PiSSA, OLoRA) is turned into an ordinary LoRA of twice the rank: the
-    difference to the first adapter (``initial_folder``). Source: PEFT docs, developer_guides/lora#pissa.
-    """
-    extra = {"path_initial_model_for_weight_conversion": str(initial_folder)} if initial_folder.exists() else {}
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, **extra)
-    path = folder / "adapter_config.json"
-    if not path.exists():
+def save_adapter(model: Any, folder: Path, *, initial_lora: dict[str, torch.Tensor], base: str) -> None:
+    """Nothing; ``folder`` holds the adapter as plain PEFT loads it onto the untouched base ``base``."""
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    config_path, weights_path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not config_path.exists() or not weights_path.exists():
         raise RuntimeError(f"PEFT saved no adapter into {folder}")
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    saved["base_model_name_or_path"] = base
-    if extra:
-        saved["init_lora_weights"] = True
-    path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    if initial_lora:
+        save_file(subtract_initial(load_file(weights_path), initial_lora), weights_path, {"format": "pt"})
+        config |= _double_rank(config)
+    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "README.md").unlink(missing_ok=True)
+
+
+def subtract_initial(trained: dict[str, torch.Tensor], initial: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An ordinary LoRA of twice the rank that equals ``trained`` on the base that the init had moved.
+
+    W − B₀A₀ + BA = W + [B, −B₀]·[A; A₀].  Source: PiSSA (arXiv 2404.02948) §3; PEFT docs, lora#pissa.
+    """
+    converted = dict(trained)
+    for name, first in initial.items():
+        first = first.to(trained[name])
+        converted[name] = (
+            torch.cat([trained[name], first], dim=0)
+            if "lora_A" in name
+            else torch.cat([trained[name], -first], dim=1)
+        ).contiguous()
+    return converted
+
+
+def _double_rank(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an adapter of twice the rank and the same scale: alpha / r, or alpha / sqrt(r)."""
+    factor = 2**0.5 if config["use_rslora"] else 2
+    return {
+        "r": 2 * config["r"],
+        "lora_alpha": factor * config["lora_alpha"],
+        "rank_pattern": {key: 2 * rank for key, rank in config["rank_pattern"].items()},
+        "alpha_pattern": {key: factor * alpha for key, alpha in config["alpha_pattern"].items()},
+        "init_lora_weights": True,
+    }
 
 
 def _moves_base(peft: PeftSection) -> bool:
     return isinstance(peft.init_lora_weights, str) and peft.init_lora_weights.startswith(_REWRITES_BASE)
 
 
-def _save_initial(model: Any, folder: Path) -> None:
-    """Keep the first adapter of an init that moved the base; on resume the same init makes the same one."""
-    config = model.peft_config["default"]
-    init, config.init_lora_weights = config.init_lora_weights, True
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    config.init_lora_weights = init
+def _copy_lora(model: Any) -> dict[str, torch.Tensor]:
+    from peft.utils import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: value.detach().cpu().clone() for name, value in weights.items() if ".lora_" in name}

@@ -40,7 +40,8 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """
     name = str(path)
     tree, findings = read_document(_read_text(path), name)
-    if tree is None and not findings:
+    is_empty = tree is None or (tree.value is None and not tree.text)
+    if is_empty and not findings:
         raise RecipeError([Problem("the file is empty; a recipe needs at least model and datasets", name)])
     if tree is None:
         _raise_findings(findings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ftcli.evaluate.loss import compute_mean_loss
 from ftcli.events import EvalDone, Notice, OnEvent, Progress, Saved, Stage, StepDone, ignore_event
 from ftcli.model.attention import check_documents_apart
 from ftcli.model.base import choose_device, choose_dtype
-from ftcli.model.build import build_model, check_names, count_parameters, save_adapter
+from ftcli.model.build import Built, build_model, check_names, count_parameters, save_adapter
 from ftcli.recipe import LoadedRecipe, Recipe, compare_recipes, dump_recipe, load_recipe
 from ftcli.store.file import staged_folder, write_text
 from ftcli.store.run import (
@@ -235,10 +235,8 @@ def _recorded(run: RunFolder) -> Iterator[None]:
         yield
     except BaseException as error:
         is_interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
-        try:
+        with suppress(DiskError):  # the disk that is full is what is being reported
             update_manifest(run, state="interrupted" if is_interrupted else "failed", finished_at=now_text())
-        except DiskError:
-            pass  # the disk that is full is what is being reported
         if isinstance(error, FtcliError | KeyboardInterrupt) or not _is_memory_error(error):
             raise
         raise MemoryExhausted(
@@ -263,8 +261,8 @@ def _execute(
     device = choose_device()
     dtype = choose_dtype(recipe.model.dtype, device)
     on_event(Stage("load", f"{str(dtype).removeprefix('torch.')} on {device.type}"))
-    initial = run.path / "initial-adapter"
-    model = build_model(recipe, prepared.files, dtype=dtype, device=device, initial_folder=initial)
+    built = build_model(recipe, prepared.files, dtype=dtype, device=device)
+    model = built.model
     check_documents_apart(model)
     counts = count_parameters(model)
     on_event(Stage("parameters", f"{counts.trainable:,} of {counts.total:,} are trained"))
@@ -288,7 +286,7 @@ def _execute(
     )
     if recipe.eval and not any(entry["step"] == last_step for entry in read_lines(run.eval)):
         evaluation.measure(last_step)
-    artifact = save_artifact(run, prepared, model, initial)
+    artifact = save_artifact(run, prepared, built)
     on_event(Saved(str(artifact)))
     seal_manifest(
         run,
@@ -390,10 +388,9 @@ def record_step(run: RunFolder, result: StepResult) -> None:
     )
 
 
-def save_artifact(run: RunFolder, prepared: Prepared, model: Any, initial: Path) -> Path:
+def save_artifact(run: RunFolder, prepared: Prepared, built: Built) -> Path:
     """``adapter/`` (LoRA) or ``model/`` (full fine-tuning), with tokenizer and template as they were trained."""
-    import shutil
-
+    model = built.model
     is_full = prepared.recipe.peft is None
     final = run.model if is_full else run.adapter
     with staged_folder(final) as folder:
@@ -402,9 +399,9 @@ def save_artifact(run: RunFolder, prepared: Prepared, model: Any, initial: Path)
             model.config.use_cache = True
             model.save_pretrained(str(folder))
         else:
-            save_adapter(model, folder, initial_folder=initial, base=prepared.recipe.model.name_or_path)
+            base = prepared.recipe.model.name_or_path
+            save_adapter(model, folder, initial_lora=built.initial_lora, base=base)
         prepared.renderer.tokenizer.save_pretrained(str(folder))
-    shutil.rmtree(initial, ignore_errors=True)
     return final
 
 
