@@ -67,11 +67,18 @@ def _find_path(tree: Entry, parts: list[str]) -> KeyPath:
             path = (*path, int(part))
         elif "mapping" in forms:
             return (*path, ".".join(parts[index:]))
-        elif path and not forms & {"section"} and kind:
+        elif (kind and "section" not in forms) or _is_scalar(entry, path):
             raise ValueError(f"{'.'.join(parts[:index])} holds no keys")
         else:
             path = (*path, part)
     return path
+
+
+def _is_scalar(entry: Entry | None, path: KeyPath) -> bool:
+    """Whether a value stands there that no key can be put into; a model's name and null make room for one."""
+    if entry is None or entry.value is None or isinstance(entry.value, dict):
+        return False
+    return path != ("model",) or not isinstance(entry.value, str)
 
 
 def _count(length: int) -> str:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from ftcli.recipe.alias import suggest_key
 from ftcli.recipe.document import WORDS, Entry, Finding, KeyPath, Place, read_scalar
 from ftcli.recipe.field import Kind, describe_kind, find_kind, find_section, list_choices, list_forms
-from ftcli.recipe.schema import SCHEMA_VERSION, Recipe
+from ftcli.recipe.schema import SCHEMA_VERSION, DatasetSection, Recipe
 
 _MAX_SHOWN = 60
 # The same place may break several rules, when its type is a union: the most telling one is told.
@@ -34,10 +34,12 @@ def check_values(tree: Entry, values: dict[str, Any]) -> tuple[Recipe | None, li
     """
     if finding := _check_version(tree):
         return None, [finding]  # by which schema the rest would have to be judged is not known
-    recipe, findings = _collect(tree, copy.deepcopy(values))
+    traps = list(_find_traps(tree, ()))
+    empty = [trap for trap in traps if tree.find_nearest(trap.path).value is None]
+    recipe, findings = _collect(tree, copy.deepcopy(values), empty)
     told = [finding.path for finding in findings]
-    findings += [finding for finding in _find_traps(tree, ()) if not _touches(finding.path, told)]
-    return recipe, findings
+    findings += [trap for trap in traps if not _touches(trap.path, told)]
+    return (None if findings else recipe), findings
 
 
 def _check_version(tree: Entry) -> Finding | None:
@@ -48,13 +50,14 @@ def _check_version(tree: Entry) -> Finding | None:
     return Finding(("schema",), what, entry.place)
 
 
-def _collect(tree: Entry, values: dict[str, Any]) -> tuple[Recipe | None, list[Finding]]:
-    findings: list[Finding] = []
-    blamed: list[KeyPath] = []
+def _collect(tree: Entry, values: dict[str, Any], known: Sequence[Finding]) -> tuple[Recipe | None, list[Finding]]:
+    findings = list(known)
+    blamed = [finding.path for finding in known]
+    for path in blamed:
+        _take_out(values, path)
     while True:
         try:
-            recipe = Recipe.model_validate(values)
-            return (None if findings else recipe), findings
+            return Recipe.model_validate(values), findings
         except ValidationError as error:
             errors = _list_errors(error, values)
         for path, detail in errors:
@@ -177,8 +180,12 @@ def _suggest_value(entry: Entry, kind: Kind) -> str:
         return "; leave the key out for its defaults"
     if isinstance(value, bool | int | float) and "text" in forms and not list_choices(kind):
         return f'; quote it ("{entry.text}") if text is meant' if entry.text else ""
+    if isinstance(value, float) and value.is_integer() and forms & {"integer", "number"} == {"integer"}:
+        return f"; write {int(value)}"
     if not isinstance(value, str):
         return ""
+    if forms == {"section"} and find_section(kind) is DatasetSection:
+        return f"; write path: {value}"
     if "bool" in forms and (word := WORDS.get(value.lower(), value.lower())) in ("true", "false"):
         return f"; write {word}"
     number = read_scalar(value.replace("_", "").lstrip("0") or value)
@@ -202,7 +209,7 @@ def _find_traps(entry: Entry, path: KeyPath) -> Iterator[Finding]:
             write = f"write {meant}, or " if "bool" in list_forms(kind) else ""
             what = f'YAML 1.1 reads {entry.text} as {meant}; {write}quote it ("{entry.text}") if text is meant'
             yield Finding(path, what, entry.place)
-        elif entry.value is None and not entry.text and find_section(kind):
+        elif entry.value is None and not entry.text and find_section(kind) and "null" in list_forms(kind):
             yield Finding(
                 path, "nothing stands here; write null, or leave the key out for its default", entry.place
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftcli.errors import FtcliError, RecipeError, UsageError
@@ -65,6 +65,10 @@ BROKEN = {
     "sexagesimal": (
         "train: {seed: 12:30:45}",
         ['3:15: train.seed: expected an integer of at least 0, got "12:30:45"'],
+    ),
+    "integer as a float": (
+        "train: {max_steps: 1e3}",
+        ["3:20: train.max_steps: expected an integer of at least 1 or null, got 1e3; write 1000"],
     ),
     "fraction": ("peft: {r: 1.5}", ["3:11: peft.r: expected an integer of at least 1, got 1.5"]),
     "choice": (
@@ -213,6 +217,10 @@ def test_broken_recipes_are_told_with_their_place(case: str, in_folder: Path) ->
                 "3:5: datasets.0.path: missing required key",
                 "4:5: datasets.1: expected a section, got 5",
             ],
+        ),
+        (
+            "model: m\ndatasets:\n  - d.jsonl\n",
+            ['3:5: datasets.0: expected a section, got "d.jsonl"; write path: d.jsonl'],
         ),
         (b"model: m\n# caf\xe9\ndatasets: []\n", ["2:6: not UTF-8; save the file as UTF-8"]),
         ("[" * 5000, ["1:41: nested more than 40 deep"]),
@@ -368,12 +376,14 @@ def test_byte_order_mark_and_windows_lines(in_folder: Path) -> None:
     assert load(b"\xef\xbb\xbfmodel: m\r\ndatasets:\r\n- path: d\r\n").recipe.model.name_or_path == "m"
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60) | st.text("{}[]:,-?&*!|>'\"%@`# \n\tab0<~=", max_size=40))
 def test_no_text_brings_it_down(text: str) -> None:
     entry, findings = read_document(text, "x")
     assert entry is not None or findings or not (text.strip() and yaml.compose(text))
 
 
+@settings(deadline=None)
 @given(text=st.text("{}[]:,-&*!'\"# \nmodelnyspath05.", max_size=60))
 def test_only_our_own_errors_come_out(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"

@@ -90,6 +90,15 @@ def test_errors(override: str, problem: str) -> None:
     assert [(p.where, p.what) for p in caught.value.problems] == [(f"--set {override}", problem)]
 
 
+def test_a_wrong_section_in_the_file_is_not_hidden() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load("train: 5\n", "train.seed=1")
+    assert [str(p) for p in caught.value.problems] == [
+        "recipe.yaml:3:8: train: expected a section, got 5",
+        "--set train.seed=1: train holds no keys",
+    ]
+
+
 def test_a_null_that_leaves_nothing_is_a_missing_key() -> None:
     with pytest.raises(RecipeError) as caught:
         load("", "datasets=null")

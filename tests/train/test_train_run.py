@@ -254,9 +254,7 @@ def test_plain_peft_loads_the_adapter_with_equal_logits(
     assert (logits - untouched).abs().max() > 1e-3
 
 
-def test_full_fine_tuning_saves_float32_weights(
-    write_recipe: Any, tiny_model: Path
-) -> None:
+def test_full_fine_tuning_saves_float32_weights(write_recipe: Any, tiny_model: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run = train(write_recipe(peft=None))
