@@ -36,7 +36,7 @@ class ErrorGroup(TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
     def _show_usage(self, error: Any, words: Sequence[str]) -> int:
-        context = getattr(error, "ctx", None)
+        context: Any = getattr(error, "ctx", None)
         if type(error).__name__ == "NoArgsIsHelpError":
             console.print_text(context.get_help())
             return 2

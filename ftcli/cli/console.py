@@ -69,6 +69,8 @@ def show_stop(*, as_json: bool) -> int:
 @contextmanager
 def reporting(*, quiet: bool, verbose: bool) -> Iterator[OnEvent]:
     """A block in which libraries are silent and long work is reported on stderr through the yielded callable."""
+    # OpenMP threads that spin while they wait cost a busy machine several times the CPU time; read at torch's import
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if not verbose:
         _silence_libraries()
     reporter = Reporter(quiet=quiet)

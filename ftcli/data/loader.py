@@ -27,6 +27,7 @@ from ftcli.errors import ContentError
 from ftcli.recipe import DataSection, DatasetSection
 
 IGNORE_LABEL = -100
+TrainRow = tuple[Example, TrainOn]
 _PLACES_SHOWN = 5
 
 
@@ -117,10 +118,10 @@ def load_split(
         ContentError: a file or row cannot be used, or nothing is left to train on.
     """
     files = [Path(section.path) for section in (*datasets, *held_out)]
-    rows = [(e, s.train_on) for s in datasets for e in read_examples(Path(s.path), s.type)]
-    kept = [(e, s) for s in held_out for e in read_examples(Path(s.path), s.type)]
-    names = {section.path: Path(section.path).stem for section in held_out}
-    groups = {name: [(e, s.train_on) for e, s in kept if s.path == path] for path, name in names.items()}
+    rows: list[TrainRow] = [row for section in datasets for row in _read_section(section)]
+    groups: dict[str, list[TrainRow]] = {}
+    for section in held_out:
+        groups.setdefault(Path(section.path).stem, []).extend(_read_section(section))
     if data.val_set_size is not None:
         rows, groups["val"] = split_rows(rows, data.val_set_size, seed=seed)
     return DataSplit(
@@ -130,9 +131,11 @@ def load_split(
     )
 
 
-def split_rows(
-    rows: Sequence[tuple[Example, TrainOn]], size: float | int, *, seed: int
-) -> tuple[list[tuple[Example, TrainOn]], list[tuple[Example, TrainOn]]]:
+def _read_section(section: DatasetSection) -> list[TrainRow]:
+    return [(example, section.train_on) for example in read_examples(Path(section.path), section.type)]
+
+
+def split_rows(rows: Sequence[TrainRow], size: float | int, *, seed: int) -> tuple[list[TrainRow], list[TrainRow]]:
     """``rows`` as (training rows, held-out rows), by a hash of seed and content; equal rows stay on one side.
 
     Args:
@@ -161,9 +164,7 @@ def _hash_example(example: Example, seed: int) -> str:
     return hashlib.sha256(f"{seed}:{json.dumps(content, sort_keys=True, default=str)}".encode()).hexdigest()
 
 
-def build_documents(
-    name: str, rows: Sequence[tuple[Example, TrainOn]], renderer: ChatRenderer, data: DataSection
-) -> DocumentSet:
+def build_documents(name: str, rows: Sequence[TrainRow], renderer: ChatRenderer, data: DataSection) -> DocumentSet:
     """The documents of ``rows``; rows that cannot be rendered are reported together.
 
     Raises:

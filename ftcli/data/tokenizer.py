@@ -6,10 +6,11 @@ Not here: how a conversation becomes ids (``chat``).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from ftcli.errors import ContentError, UsageError
 from ftcli.store.gguf_header import read_gguf_header
@@ -58,6 +59,31 @@ def load_tokenizer(files: ModelFiles, *, chat_template: str = "auto", trust_remo
         tokenizer.chat_template = _read_template(Path(chat_template))
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+# id of a token that the recipe adds → ids that describe it, whose embeddings it starts from; empty: the mean
+NewTokens = dict[int, list[int]]
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str] | Mapping[str, str]) -> NewTokens:
+    """The ids of ``tokens``, which ``tokenizer`` now has, each with the ids of its description.
+
+    They are added as ordinary text, not as special tokens: those would vanish from what a runtime prints.
+
+    Raises:
+        UsageError: a token is in the vocabulary already.
+    """
+    described = dict(tokens) if isinstance(tokens, Mapping) else dict.fromkeys(tokens, "")
+    vocabulary = tokenizer.get_vocab()
+    if known := [token for token in described if token in vocabulary]:
+        raise UsageError(
+            f"already in the vocabulary: {', '.join(known)}",
+            where="tokenizer.add_tokens",
+            hint="remove it from the list",
+        )
+    sources = {token: tokenizer(text, add_special_tokens=False).input_ids for token, text in described.items()}
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in described])
+    return {tokenizer.convert_tokens_to_ids(token): sources[token] for token in described}
 
 
 def hash_tokenizer(tokenizer: Any) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ def compute_loss_sum(model: Any, batch: Batch) -> torch.Tensor:
     mask and no cache: then, and only then, attention is block-diagonal over the documents.
     """
     targets = torch.nonzero(batch.labels[0] != IGNORE_LABEL).squeeze(1)
-    if _keeps_logits(type(_unwrap(model))):
+    if _keeps_logits(_unwrap(model)):
         logits = model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -84,6 +83,5 @@ def _unwrap(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-@lru_cache(maxsize=16)
-def _keeps_logits(model_class: type) -> bool:
-    return "logits_to_keep" in inspect.signature(model_class.forward).parameters
+def _keeps_logits(model: Any) -> bool:
+    return "logits_to_keep" in inspect.signature(type(model).forward).parameters

@@ -14,7 +14,7 @@ from ftcli.data.message import Message
 from ftcli.data.tokenizer import load_tokenizer
 from ftcli.errors import ContentError, UsageError
 from ftcli.evaluate.generate import Sampling, generate_texts
-from ftcli.model.base import choose_device, choose_dtype, load_model
+from ftcli.model.base import choose_device, choose_dtype, count_embedding_rows, load_model
 from ftcli.model.build import load_adapter
 from ftcli.recipe import ModelSection, load_recipe
 from ftcli.store.run import RunFolder, check_files, find_newest_run, read_manifest
@@ -108,9 +108,12 @@ def _load_on_base(
             why="its config or weights have changed since",
             hint="restore the model, or set model.revision to the commit that was used",
         )
-    model = load_adapter(_load_plain(files, section, quantization), adapter)
     has_tokenizer = (adapter / "tokenizer.json").exists()
     tokenizer = load_tokenizer(ModelFiles(str(adapter), adapter) if has_tokenizer else files)
+    base = _load_plain(files, section, quantization)
+    if len(tokenizer) > count_embedding_rows(base):  # tokens that the run added; their rows come with the adapter
+        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model = load_adapter(base, adapter)
     return ChatModel(name, model, ChatRenderer(tokenizer, kwargs), model, has_adapter=True)
 
 

@@ -106,7 +106,7 @@ def _try_bf16(device: Device) -> Ability:
         detail = f"compute capability {device.capability}"
         return Ability("bfloat16", works, detail, "" if works else "ftcli trains in float16 with a loss scaler")
     flags = [name for name in ("avx512_bf16", "amx") if getattr(torch.cpu, f"_is_{name}_supported", bool)()]
-    has_units = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_units = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     how = "matrix units" if has_units else "emulated: slow"
     return Ability("bfloat16", True, ", ".join([how, *flags]))
 

@@ -7,6 +7,7 @@ recipe says, and nothing else.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ftcli.errors import ContentError, UsageError
-from ftcli.model.base import build_skeleton, load_model
+from ftcli.model.base import build_skeleton, count_embedding_rows, load_model
 from ftcli.model.target import Targets, plan_targets
 from ftcli.recipe import PeftSection, Recipe
 from ftcli.store.target import ModelFiles, suggest_path
@@ -41,7 +42,14 @@ class Built:
     initial_lora: dict[str, torch.Tensor]
 
 
-def build_model(recipe: Recipe, files: ModelFiles, *, dtype: torch.dtype, device: torch.device) -> Built:
+def build_model(
+    recipe: Recipe,
+    files: ModelFiles,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    new_tokens: Mapping[int, list[int]] | None = None,
+) -> Built:
     """The model that ``recipe`` trains, in training mode.
 
     Names in the recipe are checked before a weight is read. Full fine-tuning keeps its weights in float32.
@@ -51,6 +59,7 @@ def build_model(recipe: Recipe, files: ModelFiles, *, dtype: torch.dtype, device
         files: the base model.
         dtype: of the frozen base, and of the computation.
         device: where the model lies.
+        new_tokens: ids beyond the model's own, each with the ids that it starts from.
 
     Raises:
         UsageError, ContentError: as ``plan_targets`` and ``load_model``; an adapter that does not fit.
@@ -64,6 +73,8 @@ def build_model(recipe: Recipe, files: ModelFiles, *, dtype: torch.dtype, device
         device=device,
         quantization=recipe.quantization if recipe.is_4bit else None,
     )
+    if new_tokens:
+        add_embeddings(model, new_tokens)
     if recipe.train.gradient_checkpointing:
         enable_checkpointing(model)
     if recipe.peft is None:
@@ -72,7 +83,7 @@ def build_model(recipe: Recipe, files: ModelFiles, *, dtype: torch.dtype, device
     if recipe.peft.adapter is not None:
         wrapped = load_adapter(model, find_adapter(recipe.peft.adapter), is_trainable=True)
     else:
-        wrapped = add_lora(model, recipe.peft, targets)
+        wrapped = add_lora(model, recipe.peft, targets, new_tokens=sorted(new_tokens or ()))
     return Built(wrapped.train(), _copy_lora(wrapped) if _moves_base(recipe.peft) else {})
 
 
@@ -103,15 +114,39 @@ def check_names(recipe: Recipe, files: ModelFiles) -> Targets | None:
     return plan_targets(skeleton, recipe.peft)
 
 
-def add_lora(model: Any, peft: PeftSection, targets: Targets | None = None) -> Any:
-    """``model`` wrapped by PEFT with fresh LoRA weights on exactly the modules that ``peft`` means."""
+@torch.no_grad()
+def add_embeddings(model: Any, new_tokens: Mapping[int, list[int]]) -> None:
+    """Nothing; ``model`` has a row for each of ``new_tokens``, in the head too.
+
+    A row starts as the mean of the rows of its description's tokens, or of all rows of the old vocabulary.
+    Rows that a model keeps in reserve beyond its tokenizer (Qwen) are used before any is added.
+    """
+    old_size = min(new_tokens)
+    if max(new_tokens) >= count_embedding_rows(model):
+        model.resize_token_embeddings(max(new_tokens) + 1, mean_resizing=False)
+    tables = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for weight in tables.values():
+        for token, sources in new_tokens.items():
+            rows = weight[torch.tensor(sources, device=weight.device)] if sources else weight[:old_size]
+            weight[token] = rows.float().mean(dim=0).to(weight.dtype)
+
+
+def add_lora(
+    model: Any, peft: PeftSection, targets: Targets | None = None, *, new_tokens: Sequence[int] = ()
+) -> Any:
+    """``model`` wrapped by PEFT with fresh LoRA weights on exactly the modules that ``peft`` means.
+
+    The rows of ``new_tokens`` are trained too, through PEFT's ``trainable_token_indices``.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
     targets = targets or plan_targets(model, peft)
     is_conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in targets.modules)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    saved_whole = set(peft.modules_to_save or ())
     config = LoraConfig(
+        trainable_token_indices=_name_token_rows(model, new_tokens, saved_whole, tied=tied),
         task_type="CAUSAL_LM",
         r=peft.r,
         lora_alpha=peft.lora_alpha,
@@ -125,7 +160,7 @@ def add_lora(model: Any, peft: PeftSection, targets: Targets | None = None) -> A
         rank_pattern=dict(peft.rank_pattern),
         alpha_pattern=dict(peft.alpha_pattern),
         fan_in_fan_out=is_conv1d,
-        ensure_weight_tying=tied and bool({"embed_tokens", "lm_head", "wte"} & set(peft.modules_to_save or ())),
+        ensure_weight_tying=tied and bool({"embed_tokens", "lm_head", "wte"} & saved_whole),
     )
     wrapped = get_peft_model(model, config)
     adapted = set(list_adapted(wrapped))
@@ -133,6 +168,16 @@ def add_lora(model: Any, peft: PeftSection, targets: Targets | None = None) -> A
         difference = sorted(adapted ^ set(targets.modules))[:3]
         raise RuntimeError(f"PEFT adapted other modules than planned: {difference}")
     return wrapped
+
+
+def _name_token_rows(
+    model: Any, new_tokens: Sequence[int], saved_whole: set[str], *, tied: bool
+) -> dict[str, list[int]] | None:
+    """Table → rows to train; PEFT follows a tied head by itself, an untied one must be named."""
+    names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+    tables = [model.get_input_embeddings(), *([] if tied else [model.get_output_embeddings()])]
+    rows = {names[id(table)]: list(new_tokens) for table in tables if names[id(table)] not in saved_whole}
+    return rows if new_tokens and rows else None
 
 
 def list_adapted(model: Any) -> list[str]:
@@ -175,7 +220,10 @@ def load_adapter(model: Any, folder: Path, *, is_trainable: bool = False) -> Any
         raise ContentError(
             "the adapter does not fit this base model", where=str(folder), why=str(error).splitlines()[0]
         ) from error
-    wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(wrapped).items()}
+    wanted = {
+        name: tuple(value.shape)
+        for name, value in get_peft_model_state_dict(wrapped, save_embedding_layers=False).items()
+    }
     if differing := sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name)):
         raise ContentError(
             f"the adapter does not fit this base model: {len(differing)} weights, such as {differing[0]}",

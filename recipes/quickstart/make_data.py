@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 SEED = 7
-N_TRAIN, N_HELD_OUT = 440, 60
+N_TRAIN, N_HELD_OUT = 480, 64
 SYSTEM = "Reply with one JSON call."
 FIRST_DAY, N_DAYS = datetime.date(2025, 1, 1), 5 * 365
 
@@ -72,7 +72,12 @@ class Values:
         return f"{cents // 100}.{cents % 100:02}"
 
     def date(self) -> datetime.date:
-        return FIRST_DAY + datetime.timedelta(days=self.number(0, N_DAYS))
+        """Any day, but half of them before the 10th: their leading zero is the hardest thing to learn here."""
+        wants_zero = self.rng.random() < 0.5
+        while True:
+            date = FIRST_DAY + datetime.timedelta(days=self.number(0, N_DAYS))
+            if (date.day < 10) == wants_zero:
+                return date
 
 
 def main() -> None:

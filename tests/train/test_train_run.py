@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional
 
 from ftcli.data.chat import ChatRenderer
@@ -19,6 +20,7 @@ from ftcli.data.message import read_examples
 from ftcli.errors import ContentError, DiskError, Interrupted, NumericError, UsageError
 from ftcli.evaluate.loss import compute_loss_sum
 from ftcli.events import StepDone
+from ftcli.jobs.chat import load_chat_model
 from ftcli.recipe import load_recipe
 from ftcli.store.run import RunFolder, locked, read_lines, read_manifest
 from ftcli.train.loop import plan_steps
@@ -292,3 +294,44 @@ def test_nf4_step_gradients_equal_a_dense_model_of_the_same_weights(write_recipe
     evaluated = train(path, overrides=(*quantized, held_out, f"output_dir={tmp_path / 'evaluated'}"))
     assert plain.metrics.read_bytes() == evaluated.metrics.read_bytes()
     assert len(read_lines(evaluated.eval)) == 5
+
+
+@pytest.mark.parametrize(
+    ("tied", "tokens"), [(True, {"foxtrot": "fox", "zulu": "lazy dog"}), (False, ["foxtrot", "zulu"])]
+)
+def test_new_tokens_start_at_a_mean_and_travel_with_the_adapter(
+    write_recipe: Any, tmp_path: Path, tiny_tokenizer: Any, tied: bool, tokens: Any
+) -> None:
+    from conftest import build_model, save_model
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    n = len(tiny_tokenizer)
+    folder = save_model(tmp_path / "base", build_model(tied=tied, vocab_size=n), tiny_tokenizer)
+    model = {"name_or_path": str(folder), "dtype": "float32"}
+    path = write_recipe(model=model, tokenizer={"add_tokens": tokens})
+    run = train(path)
+    tokenizer = AutoTokenizer.from_pretrained(run.adapter)
+    assert tokenizer("a foxtrot").input_ids[-1] == n
+    assert tokenizer.decode([n, n + 1], skip_special_tokens=True) == "foxtrotzulu"
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    before = base.get_input_embeddings().weight.detach().clone()
+    base.resize_token_embeddings(n + 2, mean_resizing=False)
+    tuned = PeftModel.from_pretrained(base, str(run.adapter)).eval()
+    ids = torch.tensor([[5, n, 7, n + 1]])
+    logits = tuned(input_ids=ids, use_cache=False).logits
+    assert logits.shape[-1] == n + 2
+    chat_model = load_chat_model(str(run.path))
+    assert torch.equal(chat_model.model(input_ids=ids, use_cache=False).logits, logits)
+    still = train(path, overrides=("train.learning_rate=1e-12", f"output_dir={tmp_path / 'still'}"))
+    rows = load_file(still.adapter / "adapter_model.safetensors")
+    embedded = next(value for name, value in rows.items() if "embed_tokens" in name)
+    for row, token in zip(embedded, ("foxtrot", "zulu"), strict=True):
+        sources = tiny_tokenizer(tokens[token]).input_ids if isinstance(tokens, dict) else list(range(n))
+        torch.testing.assert_close(row, before[sources].mean(dim=0), rtol=1e-5, atol=1e-6)
+    assert any("lm_head" in name for name in rows) is not tied
+
+
+def test_a_token_that_exists_is_refused(write_recipe: Any) -> None:
+    with pytest.raises(UsageError, match=r"already in the vocabulary: <\|im_end\|>"):
+        train(write_recipe(tokenizer={"add_tokens": ["<|im_end|>"]}))

@@ -1,0 +1,114 @@
+"""What is written about a run: its manifest from the first moment to the last, and a line for each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+
+import torch
+
+from ftcli import __version__
+from ftcli.data.source import hash_files
+from ftcli.data.tokenizer import hash_template, hash_tokenizer
+from ftcli.errors import DiskError, FtcliError, Interrupted, MemoryExhausted
+from ftcli.recipe import dump_recipe
+from ftcli.store.file import write_text
+from ftcli.store.run import RunFolder, append_line, now_text, update_manifest
+from ftcli.store.target import fingerprint_model
+from ftcli.train.loop import StepResult
+from ftcli.train.memory import measure_memory
+from ftcli.train.prepare import Prepared
+
+
+def write_start(run: RunFolder, prepared: Prepared, *, is_resumed: bool) -> None:
+    recipe, loaded = prepared.recipe, prepared.loaded
+    if is_resumed:
+        update_manifest(run, state="running", finished_at=None)
+        return
+    write_text(run.recipe, dump_recipe(recipe, loaded.sources))
+    update_manifest(
+        run,
+        state="running",
+        started_at=now_text(),
+        finished_at=None,
+        versions=list_versions(),
+        base={
+            "id": recipe.model.name_or_path,
+            "revision": prepared.files.revision,
+            "fingerprint": fingerprint_model(prepared.files),
+        },
+        tokenizer_sha256=hash_tokenizer(prepared.renderer.tokenizer),
+        template_sha256=hash_template(prepared.renderer.tokenizer),
+        data_sha256=hash_files(prepared.split.files),
+        parent=recipe.peft.adapter if recipe.peft else None,
+        data={part.name: asdict(part.report) for part in (prepared.split.train, *prepared.split.held_out)},
+        forecast=None,
+        measured=None,
+        verify=None,
+        files={},
+    )
+
+
+@contextmanager
+def recorded(run: RunFolder) -> Iterator[None]:
+    """A block whose end, however it comes, is written into the manifest's ``state``."""
+    try:
+        yield
+    except BaseException as error:
+        is_interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
+        with suppress(DiskError):  # the disk that is full is what is being reported
+            update_manifest(run, state="interrupted" if is_interrupted else "failed", finished_at=now_text())
+        if isinstance(error, FtcliError | KeyboardInterrupt) or not _is_memory_error(error):
+            raise
+        raise MemoryExhausted(
+            "out of memory",
+            why=str(error).splitlines()[0],
+            hint="lower data.max_length or train.per_device_train_batch_size, set "
+            "train.gradient_checkpointing: true, or add quantization: {load_in_4bit: true}",
+        ) from error
+
+
+def record_step(run: RunFolder, result: StepResult) -> None:
+    """Nothing; ``metrics.jsonl`` and ``timing.jsonl`` end with this step."""
+    append_line(
+        run.metrics,
+        {
+            "step": result.step,
+            "epoch": round(result.epoch, 6),
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "n_target_tokens": result.n_target_tokens,
+            "n_tokens": result.n_tokens,
+            "rows": result.n_rows,
+        },
+    )
+    seconds = max(result.seconds, 1e-9)
+    append_line(
+        run.timing,
+        {
+            "step": result.step,
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(result.n_tokens / seconds, 1),
+            "memory_bytes": measure_memory(),
+        },
+    )
+
+
+def list_versions() -> dict[str, str]:
+    """Name → version of what decides a run's numbers."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"ftcli": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _is_memory_error(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
