@@ -6,9 +6,11 @@ With ``--check`` nothing is written; the exit code is 1 if a page is not what th
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic_core import PydanticUndefined
 
@@ -71,7 +73,32 @@ def _render_default(key: str, default: object) -> str:
     return f"`{json.dumps(default)}`"
 
 
-PAGES: dict[str, Callable[[], str]] = {"reference/recipe.md": render_recipe}
+def render_commands() -> str:
+    """The page of the command line: what each command's ``--help`` says, at 80 columns."""
+    os.environ["COLUMNS"] = "80"
+    from typer.main import get_command
+
+    from ftcli.cli.app import app
+
+    lines = ["# The command line", "", "<!-- written by docs/generate.py from ftcli/cli -->", ""]
+    lines += ["What each command's `--help` says. Exit codes and the JSON documents: see [the design](../design.md)."]
+    for path, command in _walk_commands(get_command(app), "ftcli"):
+        context = command.make_context(path, [], resilient_parsing=True)
+        context.info_name = path
+        lines += ["", f"## `{path}`", "", "```", command.get_help(context).rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _walk_commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
+    yield path, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from _walk_commands(inner, f"{path} {name}")
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "reference/recipe.md": render_recipe,
+    "reference/commands.md": render_commands,
+}
 
 
 def main(arguments: list[str]) -> int:

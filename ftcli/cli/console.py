@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ def show_stop(*, as_json: bool) -> int:
 @contextmanager
 def reporting(*, quiet: bool, verbose: bool) -> Iterator[OnEvent]:
     """A block in which libraries are silent and long work is reported on stderr through the yielded callable."""
-    # OpenMP threads that spin while they wait cost a busy machine several times the CPU time; read at torch's import
+    # read at torch's import: threads that spin while they wait cost a busy machine several times the CPU time
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if not verbose:
         _silence_libraries()
@@ -207,26 +208,33 @@ def _show_samples(summary: RunSummary) -> None:
     shown = [*ordered[: _SAMPLES_SHOWN - len(wrong)], *wrong]
     for sample in dict.fromkeys(shown):
         print_text()
-        print_text(f"  asked   {_shorten(sample.question)}")
-        print_text(f"  before  {_shorten(sample.before)}")
-        print_text(f"  after   {_shorten(sample.after)}  {'right' if sample.is_right else 'wrong'}")
+        print_text(_wrap("asked", sample.question))
+        print_text(_wrap("before", sample.before))
+        print_text(_wrap("right" if sample.is_right else "wrong", sample.after))
         if not sample.is_right:
-            print_text(f"  wanted  {_shorten(sample.reference)}")
+            print_text(_wrap("wanted", sample.reference))
 
 
-def _shorten(text: str) -> str:
-    width = max(40, shutil.get_terminal_size((80, 24)).columns - 18)
-    flat = " ".join(text.split())
-    return flat if len(flat) <= width else flat[: width - 1] + "…"
+def _wrap(label: str, text: str) -> str:
+    """``label`` and ``text``, in at most three lines of the terminal's width."""
+    width = max(40, shutil.get_terminal_size((80, 24)).columns)
+    lines = textwrap.wrap(
+        " ".join(text.split()) or "(nothing)",
+        width=width - 1,
+        initial_indent=f"  {label:<8}",
+        subsequent_indent=" " * 10,
+        max_lines=3,
+        placeholder=" …",
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines)
 
 
 def show_recipe(loaded: LoadedRecipe, text: str, *, as_json: bool, quiet: bool) -> None:
     """Nothing; the checked recipe is on stdout."""
     if as_json:
         resolved = loaded.recipe.model_dump(mode="json", by_alias=True)
-        print_json(
-            {"schema": SCHEMA, "command": "recipe check", "recipe": resolved, "sources": dict(loaded.sources)}
-        )
+        print_json({"schema": SCHEMA, "command": "recipe check", "recipe": resolved, "sources": dict(loaded.sources)})
     elif not quiet:
         print_text(text.rstrip())
         print_talk(f"{loaded.path}: no problems found")
@@ -308,8 +316,6 @@ def _show_answer(
         print_text(label + answer)
         return answer
     print(label, end="", flush=True)
-    answer = model.answer(
-        messages, sampling, use_base=use_base, on_text=lambda piece: print(piece, end="", flush=True)
-    )
+    answer = model.answer(messages, sampling, use_base=use_base, on_text=lambda piece: print(piece, end="", flush=True))
     print(flush=True)
     return answer

@@ -132,9 +132,7 @@ def _summarize_evals(run: RunFolder) -> tuple[tuple[EvalSummary, ...], tuple[Sam
             )
         )
         samples += [
-            SampleChange(
-                a["question"], a["reference"], b["text"], a["text"], bool(b["is_right"]), bool(a["is_right"])
-            )
+            SampleChange(a["question"], a["reference"], b["text"], a["text"], bool(b["is_right"]), bool(a["is_right"]))
             for b, a in zip(earlier, answers, strict=False)
         ]
     return tuple(evals), tuple(samples)

@@ -46,6 +46,5 @@ def check_documents_apart(model: Any) -> None:
             "this model does not keep packed documents apart",
             where=str(model.config.model_type),
             why=f"the logits of a document change by {error:.2f} of their spread when another stands before it",
-            hint="set model.attn_implementation: sdpa, or data.packing: false and "
-            "train.per_device_train_batch_size: 1",
+            hint="set model.attn_implementation: sdpa, or data.packing: false and train.per_device_train_batch_size: 1",
         )

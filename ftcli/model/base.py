@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ftcli.errors import ContentError, UsageError
@@ -82,7 +83,7 @@ def load_model(
             loaded, info = _load_gguf(files, options, device, quantization)
         else:
             loaded, info = _load_folder(files, options, device, quantization)
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise _explain_load_error(error, files) from error

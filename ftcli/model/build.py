@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -131,9 +131,7 @@ def add_embeddings(model: Any, new_tokens: Mapping[int, list[int]]) -> None:
             weight[token] = rows.float().mean(dim=0).to(weight.dtype)
 
 
-def add_lora(
-    model: Any, peft: PeftSection, targets: Targets | None = None, *, new_tokens: Sequence[int] = ()
-) -> Any:
+def add_lora(model: Any, peft: PeftSection, targets: Targets | None = None, *, new_tokens: Sequence[int] = ()) -> Any:
     """``model`` wrapped by PEFT with fresh LoRA weights on exactly the modules that ``peft`` means.
 
     The rows of ``new_tokens`` are trained too, through PEFT's ``trainable_token_indices``.
@@ -244,12 +242,8 @@ def _read_adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                 if not torch.isfinite(tensor).all():
                     raise ContentError(f"{name} holds NaN or infinity", where=str(path))
             return shapes
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ContentError(f"the adapter cannot be read: {error}", where=str(path)) from error
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise ContentError(f"the adapter is damaged: {error}", where=str(path)) from error
-        raise
 
 
 def count_parameters(model: nn.Module) -> TrainableCount:
@@ -287,9 +281,7 @@ def subtract_initial(trained: dict[str, torch.Tensor], initial: dict[str, torch.
     for name, first in initial.items():
         first = first.to(trained[name])
         converted[name] = (
-            torch.cat([trained[name], first], dim=0)
-            if "lora_A" in name
-            else torch.cat([trained[name], -first], dim=1)
+            torch.cat([trained[name], first], dim=0) if "lora_A" in name else torch.cat([trained[name], -first], dim=1)
         ).contiguous()
     return converted
 

@@ -59,9 +59,7 @@ def list_forms(kind: Kind) -> frozenset[str]:
     names = {str: "text", float: "number", int: "integer", bool: "bool", type(None): "null"}
     names |= {tuple: "list", dict: "mapping"}
     # what is left is JSON, which may be anything
-    return (
-        frozenset({names[o]}) if (o := get_origin(annotation) or annotation) in names else frozenset(names.values())
-    )
+    return frozenset({names[o]}) if (o := get_origin(annotation) or annotation) in names else frozenset(names.values())
 
 
 def list_choices(kind: Kind) -> list[str]:

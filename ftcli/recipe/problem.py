@@ -210,6 +210,4 @@ def _find_traps(entry: Entry, path: KeyPath) -> Iterator[Finding]:
             what = f'YAML 1.1 reads {entry.text} as {meant}; {write}quote it ("{entry.text}") if text is meant'
             yield Finding(path, what, entry.place)
         elif entry.value is None and not entry.text and find_section(kind) and "null" in list_forms(kind):
-            yield Finding(
-                path, "nothing stands here; write null, or leave the key out for its default", entry.place
-            )
+            yield Finding(path, "nothing stands here; write null, or leave the key out for its default", entry.place)

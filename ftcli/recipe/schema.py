@@ -148,9 +148,9 @@ class PeftSection(Section):
     rank_pattern: Annotated[dict[Text, Count], Expected("a mapping of regexes to integers of at least 1")] = Field(
         default={}, description="Ranks for modules whose names match, instead of r."
     )
-    alpha_pattern: Annotated[
-        dict[Text, PositiveNumber], Expected("a mapping of regexes to numbers greater than 0")
-    ] = Field(default={}, description="Alphas for modules whose names match, instead of lora_alpha.")
+    alpha_pattern: Annotated[dict[Text, PositiveNumber], Expected("a mapping of regexes to numbers greater than 0")] = (
+        Field(default={}, description="Alphas for modules whose names match, instead of lora_alpha.")
+    )
     adapter: Text | None = Field(
         default=None,
         description="Go on from this adapter (relative to the current folder); excludes all other keys of peft.",
@@ -190,9 +190,7 @@ class DataSection(Section):
     overflow: Literal["error", "drop", "truncate", "split"] = Field(
         default="error", description="What happens to rows longer than max_length."
     )
-    packing: bool = Field(
-        default=True, description="Put several documents side by side into one pack; they never mix."
-    )
+    packing: bool = Field(default=True, description="Put several documents side by side into one pack; they never mix.")
     val_set_size: Annotated[
         Annotated[float, Field(gt=0, lt=1)] | Count | None,
         Expected("a share between 0 and 1, a number of rows of at least 1, or null"),
@@ -208,9 +206,7 @@ class TrainSection(Section):
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
         default="cosine", description="Course of the learning rate after the warm-up."
     )
-    warmup_ratio: Share = Field(
-        default=0.0, description="Share of all steps in which the learning rate rises from 0."
-    )
+    warmup_ratio: Share = Field(default=0.0, description="Share of all steps in which the learning rate rises from 0.")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="The same in optimizer steps; excludes warmup_ratio."
     )
@@ -230,9 +226,7 @@ class TrainSection(Section):
         default=1, description="Rows per device and micro-step; with packing, packs of max_length tokens."
     )
     gradient_accumulation_steps: Count = Field(default=1, description="Micro-steps per optimizer step.")
-    gradient_checkpointing: bool = Field(
-        default=True, description="Compute activations twice to hold fewer of them."
-    )
+    gradient_checkpointing: bool = Field(default=True, description="Compute activations twice to hold fewer of them.")
     seed: Annotated[int, Field(ge=0)] = Field(
         default=42, description="Seed of order, split, dropout and initial weights."
     )
@@ -293,9 +287,7 @@ class Recipe(Section):
     data: DataSection = Field(default=DataSection(), description="From rows to batches.")
     train: TrainSection = Field(default=TrainSection(), description="The optimizer and its steps.")
     eval: EvalSection | None = Field(default=None, description="Evaluation on held-out rows; null: none.")
-    checkpoint: CheckpointSection = Field(
-        default=CheckpointSection(), description="What a run can be resumed from."
-    )
+    checkpoint: CheckpointSection = Field(default=CheckpointSection(), description="What a run can be resumed from.")
     output_dir: Text = Field(
         default="runs/recipe",
         description="Folder of the run (relative to the current folder); left out: runs/ and the recipe's name.",
@@ -309,9 +301,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_quantization(self) -> Self:
         if self.is_4bit and self.peft is None:
-            raise _build_error(
-                "4-bit weights cannot be trained; use peft or drop quantization", "quantization", "peft"
-            )
+            raise _build_error("4-bit weights cannot be trained; use peft or drop quantization", "quantization", "peft")
         return self
 
     @model_validator(mode="after")
@@ -319,8 +309,7 @@ class Recipe(Section):
         init = self.peft.init_lora_weights if self.peft else True
         if self.is_4bit and isinstance(init, str) and init.startswith(_REWRITES_BASE):
             raise _build_error(
-                f"{init} rewrites the base weights, which 4-bit weights do not allow; "
-                "drop it, or drop quantization",
+                f"{init} rewrites the base weights, which 4-bit weights do not allow; drop it, or drop quantization",
                 "peft.init_lora_weights",
                 "quantization",
             )

@@ -139,9 +139,7 @@ def find_newest_run(root: Path = Path("runs")) -> RunFolder:
             if entry.get("state") == "finished":
                 finished.append((str(entry.get("finished_at", "")), run))
     if not finished:
-        raise UsageError(
-            f"no finished run under {root}/", hint="name a run folder, or train first: ftcli train RECIPE"
-        )
+        raise UsageError(f"no finished run under {root}/", hint="name a run folder, or train first: ftcli train RECIPE")
     return max(finished, key=lambda pair: pair[0])[1]
 
 

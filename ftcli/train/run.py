@@ -240,9 +240,7 @@ class _Execution:
         except NumericError as error:
             if isinstance(error.result, StepResult):
                 record_step(self.run, error.result)
-            last = (
-                f"the last checkpoint is of step {self.saved_step}" if self.saved_step else "no checkpoint was made"
-            )
+            last = f"the last checkpoint is of step {self.saved_step}" if self.saved_step else "no checkpoint was made"
             error.hint += f"; {last}"
             raise
 

@@ -1,7 +1,7 @@
 """Makes the quickstart's rows: short English requests, each answered by one strict JSON call.
 
     Put 48.20 euros for the taxi on 14 March 2026 under travel
-    {"call": "add_expense", "amount": 48.20, "currency": "EUR", "category": "travel", "date": "2026-03-14"}
+    {"call":"add_expense","amount":48.20,"currency":"EUR","category":"travel","date":"2026-03-14"}
 
 Amounts and dates of the held-out rows occur in no training row, so a right answer was read, not remembered.
 
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 SEED = 7
-N_TRAIN, N_HELD_OUT = 480, 64
+N_TRAIN, N_HELD_OUT = 560, 64
 SYSTEM = "Reply with one JSON call."
 FIRST_DAY, N_DAYS = datetime.date(2025, 1, 1), 5 * 365
 
@@ -72,11 +72,14 @@ class Values:
         return f"{cents // 100}.{cents % 100:02}"
 
     def date(self) -> datetime.date:
-        """Any day, but half of them before the 10th: their leading zero is the hardest thing to learn here."""
-        wants_zero = self.rng.random() < 0.5
+        """Any day, but half of them before the 10th and a quarter the 10th, 20th or 30th.
+
+        To tell 3 March from 30 March, and to write 03 for the one, is the hardest thing to learn here.
+        """
+        kind = self.rng.choice(("short", "short", "round", "other"))
         while True:
             date = FIRST_DAY + datetime.timedelta(days=self.number(0, N_DAYS))
-            if (date.day < 10) == wants_zero:
+            if kind == ("short" if date.day < 10 else "round" if date.day % 10 == 0 else "other"):
                 return date
 
 
@@ -111,8 +114,8 @@ def make_expense(values: Values) -> Row:
         date=spell_date(rng, date),
         category=category,
     )
-    call = f'{{"call": "add_expense", "amount": {amount}, "currency": "{currency}", "category": "{category}", '
-    return request, f'{call}"date": "{date}"}}', frozenset({amount, str(date)})
+    call = f'{{"call":"add_expense","amount":{amount},"currency":"{currency}","category":"{category}",'
+    return request, f'{call}"date":"{date}"}}', frozenset({amount, str(date)})
 
 
 def make_reminder(values: Values) -> Row:
@@ -120,7 +123,7 @@ def make_reminder(values: Values) -> Row:
     topic, hour, minute = rng.choice(TOPICS), rng.randrange(7, 22), rng.choice((0, 15, 30, 45))
     time = f"{hour:02}:{minute:02}"
     request = rng.choice(REMINDERS).format(topic=topic, date=spell_date(rng, date), time=time)
-    call = f'{{"call": "add_reminder", "topic": "{topic}", "date": "{date}", "time": "{time}"}}'
+    call = f'{{"call":"add_reminder","topic":"{topic}","date":"{date}","time":"{time}"}}'
     return request, call, frozenset({str(date)})
 
 
@@ -128,7 +131,7 @@ def make_table(values: Values) -> Row:
     rng, date = values.rng, values.date()
     guests, time = rng.randrange(2, 13), f"{rng.randrange(17, 22)}:{rng.choice((0, 15, 30, 45)):02}"
     request = rng.choice(TABLES).format(guests=guests, date=spell_date(rng, date), time=time)
-    call = f'{{"call": "book_table", "guests": {guests}, "date": "{date}", "time": "{time}"}}'
+    call = f'{{"call":"book_table","guests":{guests},"date":"{date}","time":"{time}"}}'
     return request, call, frozenset({str(date)})
 
 

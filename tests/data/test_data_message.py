@@ -462,7 +462,7 @@ def test_no_row_escapes_as_another_kind_of_error(value: dict[str, Any], name: st
     try:
         example = read(value, name)
     except ContentError as error:
-        assert error.where == "train.jsonl:12"  # noqa: PT017  either outcome is right; another type is not
+        assert error.where == "train.jsonl:12"
     else:
         assert bool(example.messages) != (example.text is not None)
 

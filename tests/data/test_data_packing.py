@@ -84,9 +84,7 @@ def test_log_normal_lengths_fill_the_packs_to_99_5_percent() -> None:
 def test_a_hundred_thousand_rows_take_well_under_two_seconds(capacity: int) -> None:
     dice = random.Random(2)
     lengths = (
-        draw_log_normal(100_000, capacity)
-        if capacity == 1024
-        else [dice.randint(1, capacity) for _ in range(100_000)]
+        draw_log_normal(100_000, capacity) if capacity == 1024 else [dice.randint(1, capacity) for _ in range(100_000)]
     )
     start = time.process_time()
     pack_lengths(lengths, capacity)

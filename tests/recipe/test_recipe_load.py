@@ -73,10 +73,7 @@ BROKEN = {
     "fraction": ("peft: {r: 1.5}", ["3:11: peft.r: expected an integer of at least 1, got 1.5"]),
     "choice": (
         "train: {lr_scheduler_type: cosin}",
-        [
-            "3:28: train.lr_scheduler_type: expected one of linear, cosine, constant, "
-            'got "cosin"; did you mean cosine?'
-        ],
+        ['3:28: train.lr_scheduler_type: expected one of linear, cosine, constant, got "cosin"; did you mean cosine?'],
     ),
     "yes": ("data: {packing: yes}", ['3:17: data.packing: expected true or false, got "yes"; write true']),
     "no as text": (
@@ -175,10 +172,7 @@ BROKEN = {
     "tab": ("train:\n\tseed: 1", ["4:1: broken YAML: a tab; YAML is indented with spaces"]),
     "open bracket": (
         "peft: {target_modules: [q",
-        [
-            "4:1: broken YAML while parsing a flow sequence that starts on line 3: "
-            "expected ',' or ']', but got the end"
-        ],
+        ["4:1: broken YAML while parsing a flow sequence that starts on line 3: expected ',' or ']', but got the end"],
     ),
     "second colon": ("output_dir: a: b", ['3:14: broken YAML: a second colon; put text that holds ": " in quotes']),
     "at sign": ("output_dir: @home", ["3:13: broken YAML: text cannot start with @; put it in quotes"]),
@@ -302,9 +296,7 @@ def test_quoted_text_is_text(in_folder: Path) -> None:
 
 
 def test_anchors_aliases_and_merge_keys(in_folder: Path) -> None:
-    text = (
-        "model: m\ndatasets:\n  - &one {path: a, type: text}\n  - {<<: *one, path: b}\n  - {path: c, <<: [*one]}\n"
-    )
+    text = "model: m\ndatasets:\n  - &one {path: a, type: text}\n  - {<<: *one, path: b}\n  - {path: c, <<: [*one]}\n"
     datasets = load(text).recipe.datasets
     assert [(Path(d.path).name, d.type) for d in datasets] == [("a", "text"), ("b", "text"), ("c", "text")]
 

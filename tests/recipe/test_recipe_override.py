@@ -106,9 +106,7 @@ def test_a_null_that_leaves_nothing_is_a_missing_key() -> None:
 
 
 def test_a_model_by_name_keeps_what_else_is_said_of_it() -> None:
-    assert (
-        load("", "model.dtype=float32").model.model_dump() == load("", "model={dtype: float32}").model.model_dump()
-    )
+    assert load("", "model.dtype=float32").model.model_dump() == load("", "model={dtype: float32}").model.model_dump()
     assert load("", "model.dtype=float32", "model=other").model.dtype == "float32"
     assert load("", "model=other").model.name_or_path == "other"
 

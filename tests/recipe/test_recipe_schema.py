@@ -107,9 +107,7 @@ def test_val_set_size_is_a_share_or_a_number_of_rows(size: float, kind: type) ->
 
 @pytest.mark.parametrize("size", [0, 1.0, 0.0, 1.5, -1, True, "0.1"])
 def test_val_set_size_out_of_range(size: object) -> None:
-    with pytest.raises(
-        RecipeError, match=r"data\.val_set_size: expected a share between 0 and 1, a number of rows"
-    ):
+    with pytest.raises(RecipeError, match=r"data\.val_set_size: expected a share between 0 and 1, a number of rows"):
         build(data={"val_set_size": size})
 
 

@@ -60,9 +60,7 @@ train = st.fixed_dictionaries(
         "seed": count,
     },
 )
-steps = st.sampled_from(
-    [{}, {"max_steps": 7}, {"num_train_epochs": 0.5}, {"warmup_steps": 0}, {"warmup_ratio": 0.1}]
-)
+steps = st.sampled_from([{}, {"max_steps": 7}, {"num_train_epochs": 0.5}, {"warmup_steps": 0}, {"warmup_ratio": 0.1}])
 recipes = st.builds(
     lambda mapping, length: mapping | {"train": mapping["train"] | length},
     st.fixed_dictionaries(
@@ -101,9 +99,7 @@ def test_what_is_dumped_reads_back_equal(mapping: dict[str, Any], tmp_path_facto
 
 def test_the_dump_names_sources_and_keeps_the_order(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text(
-        "datasets: [{path: /d}]\nmodel: m\nquantization: {}\ntrain: {learning_rate: 2e-5}\npeft: {r: 8}\n"
-    )
+    path.write_text("datasets: [{path: /d}]\nmodel: m\nquantization: {}\ntrain: {learning_rate: 2e-5}\npeft: {r: 8}\n")
     loaded = load_recipe(path, overrides=["train.max_steps=5"])
     lines = dump_recipe(loaded.recipe, loaded.sources).splitlines()
     assert [line.partition(":")[0] for line in lines if line[0].isalpha()] == [

@@ -40,9 +40,7 @@ def stop_at(step: int, number: int = signal.SIGTERM) -> Any:
 
 
 def test_a_run_leaves_what_the_surface_says(write_recipe: Any) -> None:
-    path = write_recipe(
-        eval={"datasets": [{"path": "held_out.jsonl"}], "score": "exact_match", "max_new_tokens": 4}
-    )
+    path = write_recipe(eval={"datasets": [{"path": "held_out.jsonl"}], "score": "exact_match", "max_new_tokens": 4})
     run = train(path)
     metrics = read_metrics(run)
     assert [entry["step"] for entry in metrics] == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,171 @@
+"""A GGUF file as a base: written here tensor by tensor, it must come back as the model and tokenizer it was."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import build_model, build_tokenizer
+
+from ftcli.data.tokenizer import load_tokenizer
+from ftcli.errors import ContentError
+from ftcli.model.base import build_skeleton, load_model
+from ftcli.recipe import ModelSection, QuantizationSection
+from ftcli.store.target import find_model
+
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
+}
+TEXTS = [
+    "Hello, world! It's 12345 o'clock, isn't it?",
+    "déjà vu — naïve café 😀👩‍👩‍👧 中文 字符",
+    "  two  spaces\n\n\tand\ttabs\r\n  def f(x):\n    return x**2  # 3.14159",
+    "Fine-tuning is powerful",
+    "ANTIDISESTABLISHMENTARIANISM l'été 2026-11-24T10:00:00Z ...?!",
+]
+
+
+def permute(weight: Any, n_heads: int) -> Any:
+    """llama.cpp interleaves the halves of each head that rotary embedding turns (convert_hf_to_gguf.py)."""
+    shape = weight.shape
+    return weight.reshape(n_heads, 2, shape[0] // n_heads // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+
+
+def write_gguf(
+    path: Path, tokenizer: Any, *, model: Any = None, kind: str = "llama", pre: str = "gpt-2", tensors: Any = ()
+) -> Path:
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_name("tiny")
+    if model is not None:
+        config = model.config
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_key_length(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        names = gguf.get_tensor_name_map(ARCHITECTURES[kind], config.num_hidden_layers)
+        for name, value in model.state_dict().items():
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                continue
+            array = value.float().numpy()
+            if kind == "llama" and ("q_proj" in name or "k_proj" in name):
+                heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+                array = permute(array, heads)
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), array)
+    for name in tensors:
+        writer.add_tensor(name, np.zeros(4, dtype=np.float32))
+    write_vocabulary(writer, tokenizer, pre)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_vocabulary(writer: Any, tokenizer: Any, pre: str) -> None:
+    import json
+
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = tokenizer.get_vocab()
+    added = {token["id"]: token for token in definition["added_tokens"]}
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    types = [3 if i in added and added[i]["special"] else 4 if i in added else 1 for i in range(len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(merge) for merge in definition["model"]["merges"]])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    if tokenizer.bos_token_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_come_back_as_they_were(tmp_path: Path, tiny_tokenizer: Any, kind: str, tied: bool) -> None:
+    n = len(tiny_tokenizer)
+    shape = {"head_dim": 128} if kind == "qwen3" else {}  # of every dense Qwen 3; transformers reads no other
+    model = build_model(kind, tied=tied, vocab_size=n, **shape)
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_tokenizer, model=model, kind=kind)
+    files, section = find_model(str(path)), ModelSection(name_or_path=str(path))
+    loaded = load_model(files, section, dtype=torch.float32, device=torch.device("cpu"))
+    ids = torch.arange(40)[None] % n
+    assert torch.equal(loaded(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    assert loaded.config.rms_norm_eps == model.config.rms_norm_eps
+    assert type(build_skeleton(files, section)) is type(loaded)
+    loaded.save_pretrained(tmp_path / "saved")  # transformers refuses that for a model straight from a GGUF file
+    quantized = load_model(
+        files, section, dtype=torch.float32, device=torch.device("cpu"), quantization=QuantizationSection()
+    )
+    difference = (quantized(ids, use_cache=False).logits - model(ids, use_cache=False).logits).abs().max()
+    assert 0 < difference < 2.0
+
+
+def find_assets(name: str) -> Path:
+    for root in (os.environ.get("FTCLI_TEST_ASSETS"), Path(__file__).parents[2].parent / "shared" / "assets"):
+        if root and (folder := Path(root) / "tokenizers" / name).is_dir():
+            return folder
+    pytest.skip(f"the tokenizer {name} is not here: set FTCLI_TEST_ASSETS to a folder that holds tokenizers/")
+
+
+@pytest.mark.parametrize(("name", "pre"), [("llama-3.1", "llama-bpe"), ("qwen3", "qwen2")])
+def test_real_vocabularies_tokenise_as_the_original(tmp_path: Path, name: str, pre: str) -> None:
+    from transformers import AutoTokenizer
+
+    original = AutoTokenizer.from_pretrained(find_assets(name))
+    rebuilt = load_tokenizer(find_model(str(write_gguf(tmp_path / "v.gguf", original, pre=pre))))
+    for text in TEXTS:
+        assert rebuilt(text, add_special_tokens=False).input_ids == original(text, add_special_tokens=False).input_ids
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello 😀"}]
+    assert rebuilt.apply_chat_template(messages) == original.apply_chat_template(messages)
+    assert rebuilt.eos_token_id == original.eos_token_id
+
+
+def test_smollm_splits_digits(tmp_path: Path) -> None:
+    """With merges for digits in the vocabulary, only the pre-tokenizer keeps them apart."""
+    from conftest import CORPUS
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = build_tokenizer()
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([*CORPUS, *["2026 1234 5678"] * 200], trainer)
+    tokenizer._tokenizer = backend
+    plain = load_tokenizer(find_model(str(write_gguf(tmp_path / "a.gguf", tokenizer, pre="gpt-2"))))
+    split = load_tokenizer(find_model(str(write_gguf(tmp_path / "b.gguf", tokenizer, pre="smollm"))))
+    assert len(plain("2026").input_ids) == 1
+    assert split.convert_ids_to_tokens(split("2026").input_ids) == ["2", "0", "2", "6"]
+    assert split.decode(split("it is 2026 now").input_ids) == "it is 2026 now"
+
+
+def test_unknown_pre_tokenizer_family_and_scaling_are_refused(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    path = write_gguf(tmp_path / "a.gguf", tiny_tokenizer, pre="from-the-future")
+    with pytest.raises(ContentError, match="pre-tokenizer 'from-the-future'"):
+        load_tokenizer(find_model(str(path)))
+    path = write_gguf(tmp_path / "b.gguf", tiny_tokenizer, kind="mamba")
+    with pytest.raises(ContentError, match=r"family 'mamba' cannot be trained yet"):
+        build_skeleton(find_model(str(path)), ModelSection(name_or_path=str(path)))
+    path = write_gguf(tmp_path / "c.gguf", tiny_tokenizer, tensors=["rope_freqs.weight"])
+    with pytest.raises(ContentError, match="rope_freqs"):
+        build_skeleton(find_model(str(path)), ModelSection(name_or_path=str(path)))
