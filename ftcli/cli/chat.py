@@ -28,6 +28,8 @@ def chat(
     verbose: Verbose = False,
 ) -> None:
     """Talk to a run, an adapter or a model."""
+    if prompt is None and json:
+        raise typer.BadParameter("needs --prompt", param_hint="--json")
     with console.reporting(quiet=quiet or json, verbose=verbose):
         from ftcli.evaluate.generate import Sampling
         from ftcli.jobs.chat import load_chat_model
@@ -36,8 +38,6 @@ def chat(
     sampling = Sampling(temperature, top_p, top_k, seed, max_new_tokens)
     if target is None and not quiet:
         console.print_talk(f"newest finished run: {model.name}")
-    if prompt is None and json:
-        raise typer.BadParameter("needs --prompt", param_hint="--json")
     if prompt is None:
         console.converse(model, sampling, system=system, compare_base=compare_base)
     else:

@@ -88,6 +88,8 @@ def _silence_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
+    if loaded := sys.modules.get("transformers"):  # what it read from the environment is read
+        loaded.utils.logging.disable_progress_bar()
     for name in ("transformers", "bitsandbytes", "peft", "accelerate", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
