@@ -69,14 +69,3 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             insort(rooms, left)
         open_packs[left].append(pack)
     return sorted(sorted(pack) for pack in packs)
-
-
-def group_rows(n: int, size: int) -> list[list[int]]:
-    """Consecutive groups of ``size`` of the indices 0 to ``n`` - 1, for when packing is off.
-
-    The last group has what is left.
-
-    >>> group_rows(5, 2)
-    [[0, 1], [2, 3], [4]]
-    """
-    return [list(range(start, min(start + size, n))) for start in range(0, n, size)]
