@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
 from ftcli import __version__
 from ftcli.data.source import hash_files
 from ftcli.data.tokenizer import hash_template, hash_tokenizer
-from ftcli.errors import DiskError, FtcliError, Interrupted, MemoryExhausted
+from ftcli.errors import ContentError, DiskError, FtcliError, Interrupted, MemoryExhausted
 from ftcli.recipe import dump_recipe
 from ftcli.store.file import write_text
-from ftcli.store.run import RunFolder, append_line, now_text, update_manifest
+from ftcli.store.run import RunFolder, append_line, now_text, read_manifest, update_manifest
 from ftcli.store.target import fingerprint_model
 from ftcli.train.loop import StepResult
 from ftcli.train.memory import measure_memory
@@ -22,25 +23,25 @@ from ftcli.train.prepare import Prepared
 
 
 def write_start(run: RunFolder, prepared: Prepared, *, is_resumed: bool) -> None:
-    recipe, loaded = prepared.recipe, prepared.loaded
+    """Nothing; the manifest says that the run is under way, and from what.
+
+    Raises:
+        ContentError: a run is to go on from another base, tokenizer, template or data than it was started with.
+    """
+    identity = describe_inputs(prepared)
     if is_resumed:
+        check_inputs(run, identity)
         update_manifest(run, state="running", finished_at=None)
         return
-    write_text(run.recipe, dump_recipe(recipe, loaded.sources))
+    recipe = prepared.recipe
+    write_text(run.recipe, dump_recipe(recipe, prepared.loaded.sources))
     update_manifest(
         run,
         state="running",
         started_at=now_text(),
         finished_at=None,
         versions=list_versions(),
-        base={
-            "id": recipe.model.name_or_path,
-            "revision": prepared.files.revision,
-            "fingerprint": fingerprint_model(prepared.files),
-        },
-        tokenizer_sha256=hash_tokenizer(prepared.renderer.tokenizer),
-        template_sha256=hash_template(prepared.renderer.tokenizer),
-        data_sha256=hash_files(prepared.split.files),
+        **identity,
         parent=recipe.peft.adapter if recipe.peft else None,
         data={part.name: asdict(part.report) for part in (prepared.split.train, *prepared.split.held_out)},
         forecast=None,
@@ -48,6 +49,38 @@ def write_start(run: RunFolder, prepared: Prepared, *, is_resumed: bool) -> None
         verify=None,
         files={},
     )
+
+
+def describe_inputs(prepared: Prepared) -> dict[str, Any]:
+    """The manifest's entries that say what a run was made from."""
+    return {
+        "base": {
+            "id": prepared.recipe.model.name_or_path,
+            "revision": prepared.files.revision,
+            "fingerprint": fingerprint_model(prepared.files),
+        },
+        "tokenizer_sha256": hash_tokenizer(prepared.renderer.tokenizer),
+        "template_sha256": hash_template(prepared.renderer.tokenizer),
+        "data_sha256": hash_files(prepared.split.files),
+    }
+
+
+def check_inputs(run: RunFolder, identity: dict[str, Any]) -> None:
+    """None if ``run`` was started from the same things.
+
+    Raises:
+        ContentError: naming what has changed.
+    """
+    before = read_manifest(run)
+    names = {"base": "the base model", "tokenizer_sha256": "the tokenizer", "template_sha256": "the chat template"}
+    names["data_sha256"] = "the data"
+    if changed := [name for key, name in names.items() if before.get(key) != identity[key]]:
+        raise ContentError(
+            f"{' and '.join(changed)} changed since the run was started",
+            where=str(run.path),
+            why="the steps to come would not belong to the steps that were made",
+            hint="restore it, or start a run of its own with another output_dir",
+        )
 
 
 @contextmanager

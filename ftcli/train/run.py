@@ -172,6 +172,7 @@ class _Execution:
     def run_all(self, checkpoint: Checkpoint | None) -> None:
         """Nothing; the run folder holds the finished run."""
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
         started = time.perf_counter()
         device = choose_device()
@@ -184,16 +185,20 @@ class _Execution:
         counts = count_parameters(built.model)
         self.on_event(Stage("parameters", f"{counts.trainable:,} of {counts.total:,} are trained"))
         mixed_precision = _choose_mixed_precision(self.recipe, dtype)
+        AcceleratorState._reset_state()  # or a second run in this process could not choose another precision
         self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
         self.optimizer = build_optimizer(built.model, self.recipe.train)
         self.model = built.model
         if checkpoint:
             self._restore(checkpoint)
         self.evaluation = Evaluation(self.run, self.prepared, built.model, device, self.stop, self.on_event)
-        self.stop.check()
-        self._evaluate_once(self.step)
-        self._run_steps()
-        self._evaluate_once(self.step)
+        try:
+            self.stop.check()
+            self._evaluate_once(self.step)
+            self._run_steps()
+            self._evaluate_once(self.step)
+        except Interrupted as error:
+            raise self._explain_stop(error) from None
         self._finish(built, counts, started)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -205,14 +210,18 @@ class _Execution:
     def _evaluate_once(self, step: int) -> None:
         """Before the first step and after the last, unless that was done already."""
         is_edge = step in (0, self.prepared.plan.total_steps)
-        if self.recipe.eval and is_edge and all(entry["step"] != step for entry in read_lines(self.run.eval)):
+        if (
+            self.prepared.split.held_out
+            and is_edge
+            and all(entry["step"] != step for entry in read_lines(self.run.eval))
+        ):
             self.evaluation.measure(step)
 
     def _run_steps(self) -> None:
         """Nothing; every step is made, recorded, evaluated and saved as the recipe says.
 
         Raises:
-            Interrupted: a signal came; the step that it came in is finished and saved.
+            Interrupted: a signal came; the step that it came in is finished.
             NumericError: the steps went out of bounds; the message names the last checkpoint.
         """
         total_steps = self.prepared.plan.total_steps
@@ -235,8 +244,6 @@ class _Execution:
                 self.on_event(clock.tick(result))
                 self._save_and_evaluate()
             self.stop.check()
-        except Interrupted as error:
-            raise self._explain_stop(error) from None
         except NumericError as error:
             if isinstance(error.result, StepResult):
                 record_step(self.run, error.result)

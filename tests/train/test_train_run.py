@@ -19,7 +19,7 @@ from ftcli.data.loader import build_batch
 from ftcli.data.message import read_examples
 from ftcli.errors import ContentError, DiskError, Interrupted, NumericError, UsageError
 from ftcli.evaluate.loss import compute_loss_sum
-from ftcli.events import StepDone
+from ftcli.events import EvalDone, StepDone
 from ftcli.jobs.chat import load_chat_model
 from ftcli.recipe import load_recipe
 from ftcli.store.run import RunFolder, locked, read_lines, read_manifest
@@ -160,6 +160,32 @@ def test_resume_refuses_another_recipe_and_a_missing_run(write_recipe: Any) -> N
         train(path, on_event=stop_at(2))
     with pytest.raises(UsageError, match=r"train\.learning_rate was 0\.01, now 0\.02"):
         train(path, overrides=("train.learning_rate=0.02",), resume=True)
+
+
+def test_resume_refuses_changed_data(write_recipe: Any) -> None:
+    path = write_recipe()
+    with pytest.raises(Interrupted):
+        train(path, on_event=stop_at(2))
+    data = path.parent / "train.jsonl"
+    data.write_text(data.read_text().replace("question 3", "question 33"))
+    with pytest.raises(ContentError, match="the data changed since the run was started"):
+        train(path, resume=True)
+
+
+def test_a_signal_in_the_last_evaluation_loses_no_step(write_recipe: Any) -> None:
+    path = write_recipe(data={"max_length": 128, "val_set_size": 4})
+
+    def on_event(event: Any) -> None:
+        if isinstance(event, EvalDone) and event.step == 0:
+            assert event.dataset == "val"
+        if isinstance(event, StepDone) and event.step == event.total_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="after step 6 of 6, which is saved"):
+        train(path, on_event=on_event)
+    run = train(path, resume=True)
+    assert read_manifest(run)["state"] == "finished"
+    assert [entry["step"] for entry in read_lines(run.eval)] == [0, 6]
 
 
 def test_a_second_signal_interrupts_at_once(write_recipe: Any) -> None:
