@@ -101,6 +101,7 @@ class Reporter:
         self.quiet = quiet
         self.is_live = sys.stderr.isatty()
         self.has_line = False
+        self.is_passing = False
 
     def report(self, event: Event) -> None:
         if self.quiet:
@@ -109,15 +110,17 @@ class Reporter:
             self._show_step(event)
         elif isinstance(event, Progress):
             if self.is_live:
-                self._show_live(f"{event.stage}  {event.done}/{event.total}")
+                self._show_live(f"{event.stage:<10} {event.done}/{event.total}")
+                self.is_passing = True
         else:
             self.end_line()
             print_talk(describe_event(event))
 
     def end_line(self) -> None:
+        """Nothing; the next output begins a line. A count that is over leaves no trace, a step does."""
         if self.has_line:
-            print(file=sys.stderr, flush=True)
-            self.has_line = False
+            print("\r\x1b[K" if self.is_passing else "\n", end="", file=sys.stderr, flush=True)
+        self.has_line = self.is_passing = False
 
     def _show_step(self, event: StepDone) -> None:
         width = len(str(event.total_steps))
@@ -133,7 +136,7 @@ class Reporter:
     def _show_live(self, text: str) -> None:
         width = shutil.get_terminal_size().columns
         print(f"\r{text[: width - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
-        self.has_line = True
+        self.has_line, self.is_passing = True, False
 
 
 def describe_event(event: Event) -> str:

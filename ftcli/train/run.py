@@ -7,6 +7,7 @@ Everything that can be wrong with recipe, data or names is found before the run 
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,8 @@ def train(
             clear_run(run)
         write_start(run, prepared, is_resumed=checkpoint is not None)
         with recorded(run):
-            _Execution(run, prepared, stop, on_event).run_all(checkpoint)
+            words = ["ftcli", "train", str(recipe_path), *(f"--set={text}" for text in overrides), "--resume"]
+            _Execution(run, prepared, stop, on_event, shlex.join(words)).run_all(checkpoint)
     return run
 
 
@@ -162,6 +164,7 @@ class _Execution:
     prepared: Prepared
     stop: StopRequest
     on_event: OnEvent
+    resume_command: str
     step: int = 0
     saved_step: int = 0
 
@@ -269,7 +272,7 @@ class _Execution:
         if self.step > self.saved_step:
             self._save()
         what = f"{error.what} after step {self.step} of {self.prepared.plan.total_steps}, which is saved"
-        hint = f"go on: ftcli train {self.prepared.loaded.path} --resume"
+        hint = f"go on: {self.resume_command}"
         if not self.step:
             what, hint = f"{error.what} before the first step", ""
         return Interrupted(what, signal_number=self.stop.signal_number, hint=hint)

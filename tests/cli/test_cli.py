@@ -211,7 +211,7 @@ def test_signals_save_and_say_how_to_go_on(write_recipe: Any, tmp_path: Path, nu
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "which is saved" in err
-    assert f"ftcli train {path} --resume" in err
+    assert f"ftcli train {path} --set=train.max_steps=100000 --resume" in err
     assert out == ""
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["state"] == "interrupted"
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
