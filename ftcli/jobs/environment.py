@@ -105,10 +105,9 @@ def _try_bf16(device: Device) -> Ability:
         works = device.capability is not None and int(device.capability.split(".")[0]) >= 8
         detail = f"compute capability {device.capability}"
         return Ability("bfloat16", works, detail, "" if works else "ftcli trains in float16 with a loss scaler")
-    flags = [name for name in ("avx512_bf16", "amx") if getattr(torch.cpu, f"_is_{name}_supported", bool)()]
-    has_units = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    how = "matrix units" if has_units else "emulated: slow"
-    return Ability("bfloat16", True, ", ".join([how, *flags]))
+    probes = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
+    units = [name for name, probe in probes.items() if getattr(torch.cpu, probe, bool)()]
+    return Ability("bfloat16", True, ", ".join(units) or "without instructions for it: slow")
 
 
 def _try_nf4(device: Device) -> Ability:
