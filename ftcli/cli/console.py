@@ -10,7 +10,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +35,13 @@ def print_text(text: str = "") -> None:
 
 
 def print_talk(text: str) -> None:
-    """Nothing; ``text`` is a line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Nothing; ``text`` is a line on stderr, if anybody reads that."""
+    _print_error(text + "\n")
+
+
+def _print_error(text: str) -> None:
+    with suppress(OSError):  # a log that was closed must not end the run
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 def print_json(document: Any) -> None:
@@ -119,7 +124,7 @@ class Reporter:
     def end_line(self) -> None:
         """Nothing; the next output begins a line. A count that is over leaves no trace, a step does."""
         if self.has_line:
-            print("\r\x1b[K" if self.is_passing else "\n", end="", file=sys.stderr, flush=True)
+            _print_error("\r\x1b[K" if self.is_passing else "\n")
         self.has_line = self.is_passing = False
 
     def _show_step(self, event: StepDone) -> None:
@@ -135,7 +140,7 @@ class Reporter:
 
     def _show_live(self, text: str) -> None:
         width = shutil.get_terminal_size().columns
-        print(f"\r{text[: width - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
+        _print_error(f"\r{text[: width - 1]}\x1b[K")
         self.has_line, self.is_passing = True, False
 
 
@@ -190,8 +195,8 @@ def _list_run_facts(summary: RunSummary) -> list[tuple[str, str]]:
     if summary.loss_first is not None and summary.loss_last is not None:
         facts.append(("loss", f"{summary.loss_first:.4f} → {summary.loss_last:.4f} in {summary.steps} steps"))
     for entry in summary.evals:
-        before = "" if entry.loss_before is None else f"{entry.loss_before:.4f} → "
-        facts.append((entry.dataset, f"loss {before}{entry.loss_after:.4f}"))
+        losses = [loss for loss in (entry.loss_before, entry.loss_after) if loss is not None]
+        facts.append((entry.dataset, "loss " + " → ".join(f"{loss:.4f}" for loss in losses)))
         if entry.score_after is not None:
             was = "" if entry.score_before is None else f"{entry.score_before:.1%} → "
             facts.append(("", f"{entry.metric} {was}{entry.score_after:.1%} of {entry.n_rows} rows"))

@@ -58,7 +58,7 @@ class DataReport:
 
 @dataclass(frozen=True)
 class DocumentSet:
-    """Documents in the order of their rows, with the conversations that they were made from."""
+    """Documents in the order of their rows, and the conversations that went into them whole."""
 
     name: str
     documents: tuple[Rendered, ...]
@@ -121,7 +121,10 @@ def load_split(
     rows: list[TrainRow] = [row for section in datasets for row in _read_section(section)]
     groups: dict[str, list[TrainRow]] = {}
     for section in held_out:
-        groups.setdefault(Path(section.path).stem, []).extend(_read_section(section))
+        name = stem = Path(section.path).stem
+        while name in groups:
+            name = f"{stem}-{len(groups) + 1}"
+        groups[name] = _read_section(section)
     if data.val_set_size is not None:
         rows, groups["val"] = split_rows(rows, data.val_set_size, seed=seed)
     return DataSplit(
@@ -171,6 +174,7 @@ def build_documents(name: str, rows: Sequence[TrainRow], renderer: ChatRenderer,
         ContentError: rows that the template refuses, that are too long (``overflow: error``), or none left.
     """
     documents: list[Rendered] = []
+    examples: list[Example] = []
     counts = {"n_without_target": 0, "n_dropped": 0, "n_truncated": 0, "n_split": 0}
     failures: list[ContentError] = []
     too_long: list[Rendered] = []
@@ -185,6 +189,8 @@ def build_documents(name: str, rows: Sequence[TrainRow], renderer: ChatRenderer,
         useful = [document for document in fitted if any(document.mask[1:])]
         counts["n_without_target"] += bool(fitted) and not useful
         documents += useful
+        if useful and fitted == rendered:
+            examples.append(example)
     if failures:
         raise _join_failures(failures)
     if too_long and data.overflow == "error":
@@ -202,7 +208,7 @@ def build_documents(name: str, rows: Sequence[TrainRow], renderer: ChatRenderer,
         longest=max(len(d.ids) for d in documents),
         **counts,
     )
-    return DocumentSet(name, tuple(documents), tuple(example for example, _ in rows), report)
+    return DocumentSet(name, tuple(documents), tuple(examples), report)
 
 
 def _fit_documents(rendered: list[Rendered], data: DataSection, counts: dict[str, int]) -> list[Rendered]:

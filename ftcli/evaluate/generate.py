@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from ftcli.data.chat import ChatRenderer
 from ftcli.data.message import Example
+from ftcli.errors import UsageError
 from ftcli.evaluate.score import SCORES
 
 
@@ -36,10 +38,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """The share of right answers, from 0 to 1, and every answer."""
+    """The share of right answers, from 0 to 1 (None if there was no question), and every answer."""
 
     metric: str
-    score: float
+    score: float | None
     answers: tuple[Answer, ...]
 
 
@@ -66,7 +68,7 @@ def generate_texts(
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    options: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         torch.manual_seed(sampling.seed)
         options = {
@@ -75,9 +77,7 @@ def generate_texts(
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
         }
-    was_training = model.training
-    model.eval()
-    try:
+    with _configured(model):
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -88,9 +88,29 @@ def generate_texts(
             streamer=streamer,
             **options,
         )
-    finally:
-        model.train(was_training)
     return [_decode(tokenizer, row[width:].tolist(), stops) for row in output]
+
+
+@contextmanager
+def _configured(model: Any) -> Iterator[None]:
+    """A block in which ``model`` is in evaluation mode and brings no generation settings of its own.
+
+    Many models come with a repetition penalty, which would bend greedy answers and their scores.
+    """
+    from transformers import GenerationConfig
+
+    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    before = [holder.generation_config for holder in holders]
+    was_training = model.training
+    model.eval()
+    try:
+        for holder in holders:
+            holder.generation_config = GenerationConfig()
+        yield
+    finally:
+        for holder, config in zip(holders, before, strict=True):
+            holder.generation_config = config
+        model.train(was_training)
 
 
 def _decode(tokenizer: Any, ids: list[int], stops: Sequence[int]) -> str:
@@ -115,6 +135,7 @@ def score_examples(
     """
     asked = [e for e in examples if e.messages and e.messages[-1].role == "assistant" and e.messages[-1].content]
     prompts = [renderer.render_prompt(e.messages[:-1], e.tools) for e in asked]
+    _check_context(model, prompts, max_new_tokens)
     order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))  # alike lengths waste the least padding
     texts: dict[int, str] = {}
     for start in range(0, len(order), batch_rows):
@@ -131,4 +152,15 @@ def score_examples(
         reference = example.messages[-1].content or ""
         rows.append(Answer(question, reference, texts[i], is_right(texts[i], reference)))
     n_right = sum(row.is_right for row in rows)
-    return ScoreReport(metric, n_right / max(1, len(rows)), tuple(rows))
+    return ScoreReport(metric, n_right / len(rows) if rows else None, tuple(rows))
+
+
+def _check_context(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if context and longest + max_new_tokens > context:
+        raise UsageError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context of {context}",
+            where="eval.max_new_tokens",
+            hint=f"set it to at most {max(1, context - longest)}, or leave the longest rows out",
+        )

@@ -85,9 +85,16 @@ def _load_run(run: RunFolder, *, with_base: bool) -> ChatModel:
         base = _load_plain(find_model(recipe.model.name_or_path), recipe.model, None) if with_base else None
         return ChatModel(str(run.path), model, ChatRenderer(load_tokenizer(files), kwargs), base, has_adapter=False)
     quantization = recipe.quantization if recipe.is_4bit else None
-    expected = manifest["base"]["fingerprint"]
+    base = manifest["base"]
     return _load_on_base(
-        str(run.path), run.adapter, recipe.model.name_or_path, recipe.model, quantization, expected, kwargs
+        str(run.path),
+        run.adapter,
+        recipe.model.name_or_path,
+        recipe.model,
+        quantization,
+        expected=base["fingerprint"],
+        revision=base["revision"],
+        kwargs=kwargs,
     )
 
 
@@ -98,9 +105,10 @@ def _load_on_base(
     section: ModelSection,
     quantization: Any,
     expected: str | None = None,
+    revision: str | None = None,
     kwargs: Any = None,
 ) -> ChatModel:
-    files = find_model(reference, revision=section.revision)
+    files = find_model(reference, revision=revision or section.revision)
     if expected is not None and fingerprint_model(files) != expected:
         raise ContentError(
             "the base model is not the one that this adapter was trained on",

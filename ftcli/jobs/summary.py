@@ -16,7 +16,7 @@ class EvalSummary:
 
     dataset: str
     loss_before: float | None
-    loss_after: float
+    loss_after: float | None
     score_before: float | None
     score_after: float | None
     metric: str | None
@@ -118,22 +118,25 @@ def _summarize_evals(run: RunFolder) -> tuple[tuple[EvalSummary, ...], tuple[Sam
         own = [entry for entry in entries if entry["dataset"] == name]
         first, last = own[0], own[-1]
         before = first if first["step"] == 0 else None
+        after = last if last["step"] > 0 else None
         answers = read_lines(run.path / "samples" / f"{name}-{last['step']:06d}.jsonl")
         earlier = read_lines(run.path / "samples" / f"{name}-000000.jsonl")
         evals.append(
             EvalSummary(
                 dataset=name,
                 loss_before=before["loss"] if before else None,
-                loss_after=last["loss"],
+                loss_after=after["loss"] if after else None,
                 score_before=before["score"] if before else None,
-                score_after=last["score"],
+                score_after=after["score"] if after else None,
                 metric=metric if last["score"] is not None else None,
                 n_rows=len(answers),
             )
         )
+        if after is None or len(earlier) != len(answers):
+            continue
         samples += [
             SampleChange(a["question"], a["reference"], b["text"], a["text"], bool(b["is_right"]), bool(a["is_right"]))
-            for b, a in zip(earlier, answers, strict=False)
+            for b, a in zip(earlier, answers, strict=True)
         ]
     return tuple(evals), tuple(samples)
 

@@ -38,6 +38,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float16
 
 
+def is_memory_error(error: BaseException) -> bool:
+    """Whether host or device memory ran out; torch's CPU allocator says so in a RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def build_skeleton(files: ModelFiles, model: ModelSection) -> nn.Module:
     """The model without weights (on the meta device), to check names against before anything is loaded.
 
@@ -84,7 +89,7 @@ def load_model(
         else:
             loaded, info = _load_folder(files, options, device, quantization)
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_memory_error(error):
             raise
         raise _explain_load_error(error, files) from error
     _check_loading(files, loaded, info)

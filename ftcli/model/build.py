@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ftcli.errors import ContentError, UsageError
-from ftcli.model.base import build_skeleton, count_embedding_rows, load_model
+from ftcli.model.base import build_skeleton, count_embedding_rows, is_memory_error, load_model
 from ftcli.model.target import Targets, plan_targets
 from ftcli.recipe import PeftSection, Recipe
 from ftcli.store.target import ModelFiles, suggest_path
@@ -36,10 +36,15 @@ class TrainableCount:
 
 @dataclass(frozen=True)
 class Built:
-    """A model to train, and its first LoRA weights if their init moved the base (PiSSA, OLoRA), else none."""
+    """A model to train.
+
+    ``initial_lora`` are its first LoRA weights if their init moved the base (PiSSA, OLoRA), else none;
+    ``trains_base_weights`` says whether whole weights are trained too, which are in float32 then.
+    """
 
     model: Any
     initial_lora: dict[str, torch.Tensor]
+    trains_base_weights: bool
 
 
 def build_model(
@@ -78,13 +83,25 @@ def build_model(
     if recipe.train.gradient_checkpointing:
         enable_checkpointing(model)
     if recipe.peft is None:
-        return Built(model.train(), {})
+        return Built(model.train(), {}, trains_base_weights=True)
     torch.manual_seed(recipe.train.seed)
     if recipe.peft.adapter is not None:
         wrapped = load_adapter(model, find_adapter(recipe.peft.adapter), is_trainable=True)
     else:
         wrapped = add_lora(model, recipe.peft, targets, new_tokens=sorted(new_tokens or ()))
-    return Built(wrapped.train(), _copy_lora(wrapped) if _moves_base(recipe.peft) else {})
+    initial_lora = _copy_lora(wrapped) if _moves_base(recipe.peft) else {}
+    return Built(wrapped.train(), initial_lora, trains_base_weights=promote_trained(wrapped))
+
+
+def promote_trained(model: nn.Module) -> bool:
+    """Whether ``modules_to_save`` are trained; every trained parameter of ``model`` is in float32 now.
+
+    PEFT does that for LoRA only. In bfloat16 most updates are smaller than half a step and vanish.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    return any(".modules_to_save." in name for name, p in model.named_parameters() if p.requires_grad)
 
 
 def enable_checkpointing(model: Any) -> None:
@@ -151,7 +168,7 @@ def add_lora(model: Any, peft: PeftSection, targets: Targets | None = None, *, n
         lora_dropout=peft.lora_dropout,
         target_modules=targets.target_modules,
         layers_to_transform=targets.layers_to_transform,
-        modules_to_save=list(peft.modules_to_save) if peft.modules_to_save else None,
+        modules_to_save=name_saved_modules(model, peft.modules_to_save or ()) or None,
         use_rslora=peft.use_rslora,
         use_dora=peft.use_dora,
         init_lora_weights=peft.init_lora_weights,
@@ -168,10 +185,23 @@ def add_lora(model: Any, peft: PeftSection, targets: Targets | None = None, *, n
     return wrapped
 
 
+def name_saved_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
+    """``wanted`` so that PEFT means the same modules: it compares endings, and ``norm`` ends ``input_layernorm``."""
+    names = [name for name, _ in model.named_modules()]
+    saved: list[str] = []
+    for entry in wanted:
+        meant = [name for name in names if name == entry or name.endswith("." + entry)]
+        is_plain = meant == [name for name in names if name.endswith(entry)]
+        saved += [entry] if is_plain else meant
+    return saved
+
+
 def _name_token_rows(
     model: Any, new_tokens: Sequence[int], saved_whole: set[str], *, tied: bool
 ) -> dict[str, list[int]] | None:
     """Table → rows to train; PEFT follows a tied head by itself, an untied one must be named."""
+    if tied and saved_whole & {"embed_tokens", "lm_head", "wte"}:
+        return None  # the one matrix is trained whole
     names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
     tables = [model.get_input_embeddings(), *([] if tied else [model.get_output_embeddings()])]
     rows = {names[id(table)]: list(new_tokens) for table in tables if names[id(table)] not in saved_whole}
@@ -212,8 +242,8 @@ def load_adapter(model: Any, folder: Path, *, is_trainable: bool = False) -> Any
     stored = _read_adapter_shapes(folder)
     try:
         wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
-    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except (ValueError, RuntimeError, KeyError, TypeError, IndexError, OSError) as error:
+        if is_memory_error(error):
             raise
         raise ContentError(
             "the adapter does not fit this base model", where=str(folder), why=str(error).splitlines()[0]
@@ -257,14 +287,16 @@ def count_parameters(model: nn.Module) -> TrainableCount:
     return TrainableCount(trainable, total)
 
 
-def save_adapter(model: Any, folder: Path, *, initial_lora: dict[str, torch.Tensor], base: str) -> None:
+def save_adapter(
+    model: Any, folder: Path, *, initial_lora: dict[str, torch.Tensor], base: str, revision: str | None
+) -> None:
     """Nothing; ``folder`` holds the adapter as plain PEFT loads it onto the untouched base ``base``."""
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     config_path, weights_path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not config_path.exists() or not weights_path.exists():
         raise RuntimeError(f"PEFT saved no adapter into {folder}")
     config = json.loads(config_path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base
+    config["base_model_name_or_path"], config["revision"] = base, revision
     if initial_lora:
         save_file(subtract_initial(load_file(weights_path), initial_lora), weights_path, {"format": "pt"})
         config |= _double_rank(config)

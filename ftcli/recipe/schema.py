@@ -298,6 +298,11 @@ class Recipe(Section):
         """Whether the base weights are held in 4 bits."""
         return self.quantization is not None and self.quantization.load_in_4bit
 
+    @property
+    def puts_documents_together(self) -> bool:
+        """Whether a forward pass may hold more than one document."""
+        return self.data.packing or self.train.per_device_train_batch_size > 1
+
     @model_validator(mode="after")
     def _check_quantization(self) -> Self:
         if self.is_4bit and self.peft is None:

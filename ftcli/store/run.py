@@ -24,6 +24,7 @@ from ftcli.store.file import describe_files, disk_errors, hash_file, write_json
 MANIFEST_SCHEMA = 1
 STATES = ("running", "finished", "interrupted", "failed")
 _LOCK = ".lock"
+_REPLACED = ".replaced"  # the run that --overwrite replaces, until the new one is known to start
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,12 @@ class RunFolder:
         return self.model if self.model.exists() else self.adapter
 
     def holds_run(self) -> bool:
-        return self.manifest.exists()
+        """Whether ftcli made this folder: another program's ``manifest.json`` is not taken for a run's."""
+        try:
+            entry = json.loads(self.manifest.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(entry, dict) and "schema" in entry and entry.get("state") in STATES
 
 
 def read_manifest(run: RunFolder) -> dict[str, Any]:
@@ -164,21 +170,62 @@ def locked(run: RunFolder) -> Iterator[None]:
                 where=str(run.path),
                 hint="wait for it, or set another output_dir",
             ) from error
+        sweep_leftovers(run)
         yield
     finally:
         os.close(descriptor)
 
 
-def clear_run(run: RunFolder) -> None:
-    """Nothing; the run folder is empty but for its lock."""
+def sweep_leftovers(run: RunFolder) -> None:
+    """Nothing; what killed processes left half-made is gone, and what they had set aside is back."""
     with disk_errors(run.path):
-        for entry in run.path.iterdir():
-            if entry.name == _LOCK:
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+        for folder in (run.path, run.checkpoints):
+            for path in folder.glob(".*.old-*") if folder.is_dir() else ():
+                final = path.with_name(path.name[1:].rpartition(".old-")[0])
+                if final.exists():
+                    _remove(path)
+                else:
+                    path.rename(final)
+            for path in folder.glob(".*.tmp-*") if folder.is_dir() else ():
+                _remove(path)
+    restore_replaced(run)
+
+
+def set_aside(run: RunFolder) -> None:
+    """Nothing; the run folder is empty, and what it held can be restored until it is discarded."""
+    with disk_errors(run.path):
+        entries = [entry for entry in run.path.iterdir() if entry.name != _LOCK]
+        if entries:
+            (run.path / _REPLACED).mkdir()
+        for entry in entries:
+            entry.rename(run.path / _REPLACED / entry.name)
+
+
+def restore_replaced(run: RunFolder) -> None:
+    """Nothing; a run that was set aside is back in place of the one that was to replace it."""
+    replaced = run.path / _REPLACED
+    if not replaced.exists():
+        return
+    with disk_errors(run.path):
+        for entry in list(run.path.iterdir()):
+            if entry.name not in (_LOCK, _REPLACED):
+                _remove(entry)
+        for entry in list(replaced.iterdir()):
+            entry.rename(run.path / entry.name)
+        replaced.rmdir()
+
+
+def discard_replaced(run: RunFolder) -> None:
+    """Nothing; the run that was set aside is gone for good."""
+    with disk_errors(run.path):
+        shutil.rmtree(run.path / _REPLACED, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
@@ -192,7 +239,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     values = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: an answer may hold U+2028
         with suppress(ValueError):
             values.append(json.loads(line))
     return values

@@ -23,8 +23,8 @@ def save_artifact(run: RunFolder, prepared: Prepared, built: Built) -> Path:
             model.config.use_cache = True
             model.save_pretrained(str(folder))
         else:
-            base = prepared.recipe.model.name_or_path
-            save_adapter(model, folder, initial_lora=built.initial_lora, base=base)
+            base, revision = prepared.recipe.model.name_or_path, prepared.files.revision
+            save_adapter(model, folder, initial_lora=built.initial_lora, base=base, revision=revision)
         prepared.renderer.tokenizer.save_pretrained(str(folder))
     return final
 

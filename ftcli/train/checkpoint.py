@@ -40,9 +40,17 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    run: RunFolder, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, scaler: Any = None
+    run: RunFolder,
+    step: int,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    scaler: Any = None,
+    origin: str = "",
 ) -> Path:
     """The folder of the checkpoint after optimizer step ``step``, on the disk whole.
+
+    ``origin`` says which runs it belongs to; only those will load it.
 
     Raises:
         DiskError: it could not be written; earlier checkpoints are intact.
@@ -52,7 +60,8 @@ def save_checkpoint(
     with staged_folder(final) as folder:
         save_file(weights, folder / "weights.safetensors")
         save_file(_gather_moments(model, optimizer), folder / "optimizer.safetensors")
-        state = {"schema": _SCHEMA, "step": step, "loss_scale": scaler.state_dict() if scaler else None}
+        loss_scale = scaler.state_dict() if scaler else None
+        state = {"schema": _SCHEMA, "step": step, "origin": origin, "loss_scale": loss_scale}
         write_json(folder / "state.json", state)
         write_json(folder / "manifest.json", {"schema": _SCHEMA, "files": describe_files(folder)})
     return final
@@ -62,6 +71,14 @@ def rotate_checkpoints(run: RunFolder, limit: int) -> None:
     """Nothing; only the newest ``limit`` checkpoints remain."""
     for path in _list_checkpoints(run)[limit:]:
         shutil.rmtree(path)
+
+
+def remove_newer_checkpoints(run: RunFolder, step: int) -> list[Path]:
+    """The checkpoints after ``step`` that were there: damaged ones, or of a way that is not gone on."""
+    newer = [path for path in _list_checkpoints(run) if int(path.name.removeprefix("step-")) > step]
+    for path in newer:
+        shutil.rmtree(path)
+    return newer
 
 
 def find_checkpoint(run: RunFolder) -> tuple[Checkpoint, list[str]]:
@@ -118,13 +135,25 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, scaler: Any = None
+    checkpoint: Checkpoint,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    scaler: Any = None,
+    origin: str = "",
 ) -> None:
     """Nothing; model and optimizer are as they were after the checkpoint's step.
 
     Raises:
-        ContentError: the checkpoint is of a run that trains other parameters.
+        ContentError: the checkpoint is of a run with another recipe, base or data.
     """
+    state = json.loads((checkpoint.path / "state.json").read_text(encoding="utf-8"))
+    if state["origin"] != origin:
+        raise ContentError(
+            "the checkpoint is of another run: its recipe, base, tokenizer or data differ",
+            where=str(checkpoint.path),
+            hint="name a checkpoint of the run in output_dir",
+        )
     weights = load_file(checkpoint.path / "weights.safetensors")
     trained = dict(list_trained(model))
     shapes = {name: tuple(p.shape) for name, p in trained.items()}
@@ -149,7 +178,6 @@ def load_checkpoint(
                 moment: value.to(parameter.device) if moment != "step" or is_fused else value
                 for moment, value in by_name[name].items()
             }
-    state = json.loads((checkpoint.path / "state.json").read_text(encoding="utf-8"))
     if scaler and state["loss_scale"]:
         scaler.load_state_dict(state["loss_scale"])
 

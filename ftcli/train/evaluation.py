@@ -2,55 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from ftcli.data.loader import DocumentSet
-from ftcli.evaluate.generate import score_examples
+from ftcli.evaluate.generate import ScoreReport, score_examples
 from ftcli.evaluate.loss import compute_mean_loss
 from ftcli.events import EvalDone, OnEvent, Progress, Stage
-from ftcli.store.run import RunFolder, append_line
+from ftcli.store.run import RunFolder, append_line, read_lines
 from ftcli.train.prepare import Prepared
 from ftcli.train.stop import StopRequest
 
 
+@dataclass(frozen=True)
 class Evaluation:
     """Measures the model on the held-out rows and writes ``eval.jsonl`` and ``samples/``."""
 
-    def __init__(
-        self,
-        run: RunFolder,
-        prepared: Prepared,
-        model: Any,
-        device: torch.device,
-        stop: StopRequest,
-        on_event: OnEvent,
-    ) -> None:
-        self.run, self.prepared, self.model, self.device = run, prepared, model, device
-        self.stop, self.on_event = stop, on_event
+    run: RunFolder
+    prepared: Prepared
+    model: Any
+    accelerator: Any
+    stop: StopRequest
+    on_event: OnEvent
+
+    def is_due(self, step: int) -> bool:
+        """Whether held-out rows are measured after ``step``: before the first, after the last, and as asked."""
+        section = self.prepared.recipe.eval
+        every = section.eval_steps if section else None
+        return step in (0, self.prepared.plan.total_steps) or bool(every and step % every == 0)
 
     def measure(self, step: int) -> None:
-        """Nothing; loss and score of every held-out set after ``step`` are recorded."""
+        """Nothing; loss and score of every held-out set after ``step`` are recorded, unless they were already."""
+        known = {entry["dataset"] for entry in read_lines(self.run.eval) if entry["step"] == step}
         for part in self.prepared.split.held_out:
-            self.on_event(Stage("eval", f"{part.name}, {len(part.examples)} rows"))
-            loss = compute_mean_loss(
-                self.model,
-                part.documents,
-                device=self.device,
-                batch_tokens=self.prepared.recipe.data.max_length,
-                check_stop=self.stop.check,
-            )
-            score = self._score(step, part)
+            if part.name in known:
+                continue
+            self.on_event(Stage("eval", f"{part.name}, {len(part.documents)} documents"))
+            with self.accelerator.autocast():
+                loss = self._measure_loss(part)
+                report = self._score(part)
+            score = report.score if report else None
+            if report:
+                self._write_samples(step, part, report)
             append_line(self.run.eval, {"step": step, "dataset": part.name, "loss": loss, "score": score})
-            self.on_event(EvalDone(step, part.name, loss, score, len(part.examples)))
+            self.on_event(EvalDone(step, part.name, loss, score, len(report.answers) if report else 0))
 
-    def _score(self, step: int, part: DocumentSet) -> float | None:
+    def _measure_loss(self, part: DocumentSet) -> float:
+        recipe = self.prepared.recipe
+        return compute_mean_loss(
+            self.model,
+            part.documents,
+            device=self.accelerator.device,
+            batch_tokens=recipe.data.max_length if recipe.puts_documents_together else 1,
+            check_stop=self.stop.check,
+        )
+
+    def _score(self, part: DocumentSet) -> ScoreReport | None:
         section = self.prepared.recipe.eval
         if section is None or section.score is None:
             return None
-        report = score_examples(
+        return score_examples(
             self.model,
             self.prepared.renderer,
             part.examples,
@@ -60,10 +71,11 @@ class Evaluation:
             check_stop=self.stop.check,
             on_progress=lambda done, total: self.on_event(Progress("eval", done, total)),
         )
+
+    def _write_samples(self, step: int, part: DocumentSet, report: ScoreReport) -> None:
         samples = self.run.path / "samples"
         samples.mkdir(exist_ok=True)
         path = samples / f"{part.name}-{step:06d}.jsonl"
         path.unlink(missing_ok=True)
         for answer in report.answers:
             append_line(path, asdict(answer))
-        return report.score

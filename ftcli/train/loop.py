@@ -55,7 +55,7 @@ class StepResult:
 def plan_run(recipe: Recipe, lengths: Sequence[int]) -> Plan:
     """The number of steps that ``recipe`` takes over documents of ``lengths`` tokens, and the fill of packs."""
     steps = plan_steps(recipe, lengths, epoch=0)
-    total_steps = recipe.train.max_steps or math.ceil(recipe.train.num_train_epochs * len(steps))
+    total_steps = recipe.train.max_steps or math.ceil(round(recipe.train.num_train_epochs * len(steps), 6))
     capacity = recipe.data.max_length * recipe.train.per_device_train_batch_size
     n_batches = sum(len(step) for step in steps)
     return Plan(len(steps), max(1, total_steps), sum(lengths) / (n_batches * capacity), tuple(steps))

@@ -31,7 +31,7 @@ def plan_warmup(train: TrainSection, total_steps: int) -> int:
     """Steps of warm-up: ``warmup_steps``, or the share ``warmup_ratio`` of all steps, rounded up."""
     if train.warmup_steps is not None:
         return train.warmup_steps
-    return math.ceil(train.warmup_ratio * total_steps)
+    return math.ceil(round(train.warmup_ratio * total_steps, 6))
 
 
 def compute_lr(train: TrainSection, step: int, total_steps: int) -> float:
@@ -40,7 +40,6 @@ def compute_lr(train: TrainSection, step: int, total_steps: int) -> float:
     The same curves as ``transformers.get_scheduler``, where warm-up rises linearly from 0 in the first step;
     ``constant`` with a warm-up is its ``constant_with_warmup``.
     """
-    assert train.learning_rate is not None
     warmup_steps = plan_warmup(train, total_steps)
     done = step - 1
     if done < warmup_steps:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ftcli.data.chat import ChatRenderer
 from ftcli.data.loader import DataSplit, load_split
-from ftcli.data.tokenizer import NewTokens, add_tokens, load_tokenizer
+from ftcli.data.source import hash_files
+from ftcli.data.tokenizer import NewTokens, add_tokens, hash_template, hash_tokenizer, load_tokenizer
+from ftcli.errors import ContentError, UsageError
 from ftcli.events import Notice, OnEvent, Stage, ignore_event
-from ftcli.model.build import check_names
+from ftcli.model.base import choose_device
+from ftcli.model.build import check_names, find_adapter
 from ftcli.recipe import LoadedRecipe, Recipe
-from ftcli.store.target import ModelFiles, find_model
+from ftcli.store.run import RunFolder, read_manifest
+from ftcli.store.target import ModelFiles, find_model, fingerprint_model
 from ftcli.train.loop import Plan, plan_run
+from ftcli.train.optim import plan_warmup
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run of which everything is known and checked, and nothing is written yet."""
+    """A run of which everything is known and checked, and nothing is written yet.
+
+    ``inputs`` are the manifest's entries that say what the run is made from.
+    """
 
     loaded: LoadedRecipe
     files: ModelFiles
@@ -25,27 +36,45 @@ class Prepared:
     split: DataSplit
     plan: Plan
     new_tokens: NewTokens
+    inputs: dict[str, Any]
 
     @property
     def recipe(self) -> Recipe:
         return self.loaded.recipe
 
+    @property
+    def origin(self) -> str:
+        """A hash of everything that decides the run's numbers; a checkpoint belongs to runs of one origin."""
+        recipe = self.recipe.model_dump(mode="json", exclude={"checkpoint", "output_dir"})
+        inputs = {**self.inputs, "base": self.inputs["base"]["fingerprint"]}
+        return hashlib.sha256(json.dumps([recipe, inputs], sort_keys=True).encode()).hexdigest()
 
-def prepare_run(loaded: LoadedRecipe, on_event: OnEvent = ignore_event) -> Prepared:
+
+def prepare_run(loaded: LoadedRecipe, on_event: OnEvent = ignore_event, *, revision: str | None = None) -> Prepared:
     """The run that a recipe describes: files found, names checked, rows rendered, steps counted.
+
+    Args:
+        loaded: the recipe.
+        on_event: told of stages, and of rows that are not trained on as they were written.
+        revision: of the base on the Hub, instead of the newest one.
 
     Raises:
         FtcliError: anything wrong with recipe, model or data; nothing was written.
     """
     recipe = loaded.recipe
+    _check_device(recipe)
     on_event(Stage("model", recipe.model.name_or_path))
-    files = find_model(recipe.model.name_or_path, revision=recipe.model.revision)
+    files = find_model(recipe.model.name_or_path, revision=revision or recipe.model.revision)
     check_names(recipe, files)
     tokenizer = load_tokenizer(
         files,
         chat_template=recipe.tokenizer.chat_template,
         trust_remote_code=recipe.model.trust_remote_code,
     )
+    fingerprint = fingerprint_model(files)
+    base = {"id": recipe.model.name_or_path, "revision": files.revision, "fingerprint": fingerprint}
+    if recipe.peft and recipe.peft.adapter:
+        check_parent(find_adapter(recipe.peft.adapter), tokenizer, fingerprint)
     new_tokens = add_tokens(tokenizer, recipe.tokenizer.add_tokens)
     renderer = ChatRenderer(tokenizer, recipe.tokenizer.chat_template_kwargs)
     on_event(Stage("data", ", ".join(Path(section.path).name for section in recipe.datasets)))
@@ -55,4 +84,76 @@ def prepare_run(loaded: LoadedRecipe, on_event: OnEvent = ignore_event) -> Prepa
         for sentence in part.report.describe_losses():
             on_event(Notice(f"{part.name}: {sentence}"))
     plan = plan_run(recipe, [len(document.ids) for document in split.train.documents])
-    return Prepared(loaded, files, renderer, split, plan, new_tokens)
+    if plan_warmup(recipe.train, plan.total_steps) >= plan.total_steps:
+        on_event(Notice(f"the warm-up takes all {plan.total_steps} steps: the peak learning rate is never reached"))
+    inputs = {
+        "base": base,
+        "tokenizer_sha256": hash_tokenizer(tokenizer),
+        "template_sha256": hash_template(tokenizer),
+        "data_sha256": hash_files(split.files),
+    }
+    return Prepared(loaded, files, renderer, split, plan, new_tokens, inputs)
+
+
+def check_inputs_outside(recipe: Recipe, output: Path) -> None:
+    """None if nothing that the run reads lies in the folder that it writes and may empty.
+
+    Raises:
+        UsageError: naming the input.
+    """
+    read = {f"datasets.{i}.path": section.path for i, section in enumerate(recipe.datasets)}
+    read |= {f"eval.datasets.{i}.path": s.path for i, s in enumerate(recipe.eval.datasets if recipe.eval else ())}
+    read["model.name_or_path"] = recipe.model.name_or_path
+    read["tokenizer.chat_template"] = recipe.tokenizer.chat_template
+    if recipe.peft and recipe.peft.adapter:
+        read["peft.adapter"] = recipe.peft.adapter
+    for key, text in read.items():
+        path = Path(text).expanduser()
+        if path.exists() and path.resolve().is_relative_to(output.resolve()):
+            raise UsageError(f"{key} lies in output_dir", where=text, hint="set another output_dir")
+
+
+def check_parent(adapter: Path, tokenizer: Any, fingerprint: str) -> None:
+    """None if an adapter that is to be trained on was made for this base, tokenizer and template.
+
+    What is not recorded beside the adapter cannot be checked; shapes are, when it is loaded.
+
+    Raises:
+        ContentError: naming what differs.
+    """
+    run = RunFolder(adapter.parent)
+    if run.holds_run() and read_manifest(run)["base"]["fingerprint"] != fingerprint:
+        raise ContentError(
+            "the adapter was trained on another base model",
+            where=str(adapter),
+            hint=f"set model to {read_manifest(run)['base']['id']}",
+        )
+    if not (adapter / "tokenizer.json").exists():
+        return
+    own = load_tokenizer(ModelFiles(str(adapter), adapter))
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ContentError(
+            "the adapter was trained with tokens that this tokenizer has not",
+            where=str(adapter),
+            why="going on from an adapter with added tokens is not supported",
+            hint="train anew with tokenizer.add_tokens, or merge the adapter first",
+        )
+    if own.chat_template != tokenizer.chat_template:
+        raise ContentError(
+            "the adapter was trained with another chat template",
+            where=str(adapter),
+            hint=f"set tokenizer.chat_template: {adapter / 'chat_template.jinja'}",
+        )
+
+
+def _check_device(recipe: Recipe) -> None:
+    if recipe.model.dtype == "float16" and choose_device().type == "cpu":
+        raise UsageError(
+            "training in float16 needs a CUDA device: its small gradients vanish without a loss scaler",
+            where="model.dtype",
+            hint="set it to auto or bfloat16",
+        )
+    if recipe.peft and recipe.peft.adapter and recipe.tokenizer.add_tokens:
+        raise UsageError(
+            "excludes peft.adapter: an adapter brings its own tokens", where="tokenizer.add_tokens", hint="drop one"
+        )

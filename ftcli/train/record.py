@@ -7,41 +7,30 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from ftcli import __version__
-from ftcli.data.source import hash_files
-from ftcli.data.tokenizer import hash_template, hash_tokenizer
 from ftcli.errors import ContentError, DiskError, FtcliError, Interrupted, MemoryExhausted
+from ftcli.model.base import is_memory_error
 from ftcli.recipe import dump_recipe
 from ftcli.store.file import write_text
 from ftcli.store.run import RunFolder, append_line, now_text, read_manifest, update_manifest
-from ftcli.store.target import fingerprint_model
 from ftcli.train.loop import StepResult
 from ftcli.train.memory import measure_memory
 from ftcli.train.prepare import Prepared
 
 
 def write_start(run: RunFolder, prepared: Prepared, *, is_resumed: bool) -> None:
-    """Nothing; the manifest says that the run is under way, and from what.
-
-    Raises:
-        ContentError: a run is to go on from another base, tokenizer, template or data than it was started with.
-    """
-    identity = describe_inputs(prepared)
+    """Nothing; the manifest says that the run is under way, and from what."""
     if is_resumed:
-        check_inputs(run, identity)
         update_manifest(run, state="running", finished_at=None)
         return
     recipe = prepared.recipe
-    write_text(run.recipe, dump_recipe(recipe, prepared.loaded.sources))
     update_manifest(
         run,
         state="running",
         started_at=now_text(),
         finished_at=None,
         versions=list_versions(),
-        **identity,
+        **prepared.inputs,
         parent=recipe.peft.adapter if recipe.peft else None,
         data={part.name: asdict(part.report) for part in (prepared.split.train, *prepared.split.held_out)},
         forecast=None,
@@ -49,20 +38,7 @@ def write_start(run: RunFolder, prepared: Prepared, *, is_resumed: bool) -> None
         verify=None,
         files={},
     )
-
-
-def describe_inputs(prepared: Prepared) -> dict[str, Any]:
-    """The manifest's entries that say what a run was made from."""
-    return {
-        "base": {
-            "id": prepared.recipe.model.name_or_path,
-            "revision": prepared.files.revision,
-            "fingerprint": fingerprint_model(prepared.files),
-        },
-        "tokenizer_sha256": hash_tokenizer(prepared.renderer.tokenizer),
-        "template_sha256": hash_template(prepared.renderer.tokenizer),
-        "data_sha256": hash_files(prepared.split.files),
-    }
+    write_text(run.recipe, dump_recipe(recipe, prepared.loaded.sources))
 
 
 def check_inputs(run: RunFolder, identity: dict[str, Any]) -> None:
@@ -72,6 +48,7 @@ def check_inputs(run: RunFolder, identity: dict[str, Any]) -> None:
         ContentError: naming what has changed.
     """
     before = read_manifest(run)
+    before["base"] = before["base"] | {"revision": identity["base"]["revision"]}  # the fingerprint decides
     names = {"base": "the base model", "tokenizer_sha256": "the tokenizer", "template_sha256": "the chat template"}
     names["data_sha256"] = "the data"
     if changed := [name for key, name in names.items() if before.get(key) != identity[key]]:
@@ -92,7 +69,7 @@ def recorded(run: RunFolder) -> Iterator[None]:
         is_interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
         with suppress(DiskError):  # the disk that is full is what is being reported
             update_manifest(run, state="interrupted" if is_interrupted else "failed", finished_at=now_text())
-        if isinstance(error, FtcliError | KeyboardInterrupt) or not _is_memory_error(error):
+        if isinstance(error, FtcliError | KeyboardInterrupt) or not is_memory_error(error):
             raise
         raise MemoryExhausted(
             "out of memory",
@@ -141,7 +118,3 @@ def list_versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[name] = "not installed"
     return versions
-
-
-def _is_memory_error(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

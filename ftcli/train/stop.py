@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: asked for once, a run stops after the step it is in; a second SIGINT stops at once."""
+"""SIGINT, SIGTERM and SIGHUP: asked for once, a run stops after the step it is in; a second SIGINT stops at once."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(

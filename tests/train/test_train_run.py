@@ -253,7 +253,7 @@ def test_plain_peft_loads_the_adapter_with_equal_logits(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    import ftcli.train.run as run_module
+    import ftcli.train.execution as run_module
 
     kept: list[Any] = []
     original = run_module.save_artifact
