@@ -81,7 +81,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The model to start from. `model: NAME` is short for `model: {name_or_path: NAME}`."""
 
-    name_or_path: Text = Field(description="Name on the Hub, or a folder (relative to the current folder).")
+    name_or_path: Text = Field(description="Name on the Hub, a folder or .gguf file (relative to the current folder), or package://MODULE/FILE.")
     revision: Text | None = Field(default=None, description="Branch, tag or commit on the Hub; null is the newest.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="Type of the weights in memory; auto takes what the machine does well."
@@ -171,7 +171,7 @@ class PeftSection(Section):
 class DatasetSection(Section):
     """One source of rows."""
 
-    path: Text = Field(description="File, glob or folder (relative to the recipe's folder).")
+    path: Text = Field(description="A .jsonl file (relative to the recipe's folder).")
     type: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
         default="auto", description="Format of the rows; auto tells it from the first ones."
     )

@@ -70,6 +70,8 @@ def test_scores() -> None:
     assert score_json('{"a": 1, "b": [2]}', '{"b":[2.0],"a":1}')
     assert not score_json('{"a": 1', '{"a": 1}')
     assert not score_json('{"a": 2}', '{"a": 1}')
+    assert not score_json('{"a": true}', '{"a": 1}')
+    assert not score_json("[" * 5000, "[]")
 
 
 @pytest.mark.real
@@ -87,3 +89,23 @@ def test_the_embedded_model_answers(tmp_path: Path) -> None:
     pieces: list[str] = []
     streamed = model.answer([Message("user", "Hi")], Sampling(max_new_tokens=12), on_text=pieces.append)
     assert "".join(pieces).strip() == streamed.strip()
+
+
+def test_generation_settings_of_the_base_do_not_bend_greedy_answers(tiny_tokenizer: Any) -> None:
+    model, renderer = build_model().eval(), ChatRenderer(tiny_tokenizer)
+    prompt = renderer.render_prompt([Message("user", "fox")])
+    plain = generate_texts(model, renderer, [prompt], Sampling(max_new_tokens=12))
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.no_repeat_ngram_size = 1
+    assert generate_texts(model, renderer, [prompt], Sampling(max_new_tokens=12)) == plain
+    assert model.generation_config.repetition_penalty == 5.0
+
+
+def test_answers_beyond_the_context_are_refused_first(tiny_tokenizer: Any) -> None:
+    from ftcli.errors import UsageError
+
+    asked = Example((Message("user", "x"), Message("assistant", "y")), None, None, "f", 1)
+    with pytest.raises(UsageError, match="do not fit the context of 512"):
+        score_examples(
+            build_model(), ChatRenderer(tiny_tokenizer), [asked], metric="json", max_new_tokens=600, batch_rows=1
+        )
