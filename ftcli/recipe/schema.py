@@ -81,7 +81,9 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The model to start from. `model: NAME` is short for `model: {name_or_path: NAME}`."""
 
-    name_or_path: Text = Field(description="Name on the Hub, a folder or .gguf file (relative to the current folder), or package://MODULE/FILE.")
+    name_or_path: Text = Field(
+        description="Hub id, folder or .gguf file (relative to the current folder), or package://MODULE/FILE."
+    )
     revision: Text | None = Field(default=None, description="Branch, tag or commit on the Hub; null is the newest.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="Type of the weights in memory; auto takes what the machine does well."
