@@ -49,6 +49,14 @@ def build_tokenizer(vocab_size: int = 384) -> Any:
     )
 
 
+def find_tokenizer(name: str) -> Path:
+    """The folder of a real tokenizer, which is not part of the repository; the test is skipped without it."""
+    for root in (os.environ.get("FTCLI_TEST_ASSETS"), Path(__file__).parents[1].parent / "shared" / "assets"):
+        if root and (folder := Path(root) / "tokenizers" / name).is_dir():
+            return folder
+    pytest.skip(f"the tokenizer {name} is not here: set FTCLI_TEST_ASSETS to a folder that holds tokenizers/")
+
+
 def build_config(kind: str = "llama", *, tied: bool = True, vocab_size: int = 384, **changes: Any) -> Any:
     """A two-layer config of a family, small enough for a step in milliseconds."""
     import transformers

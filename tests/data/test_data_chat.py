@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import find_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,14 +14,6 @@ from ftcli.data.message import Example, Message
 from ftcli.errors import ContentError
 
 FAMILIES = ["llama-3.1", "qwen3", "mistral-7b-v0.3", "phi-3", "gemma-3"]
-
-
-def find_tokenizer(name: str) -> Path:
-    roots = [os.environ.get("FTCLI_TEST_ASSETS"), Path(__file__).parents[2].parent / "shared" / "assets"]
-    for root in roots:
-        if root and (folder := Path(root) / "tokenizers" / name).is_dir():
-            return folder
-    pytest.skip(f"the tokenizer {name} is not here: set FTCLI_TEST_ASSETS to a folder that holds tokenizers/")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, build_tokenizer
+from conftest import build_model, build_tokenizer, find_tokenizer
 
 from ftcli.data.tokenizer import load_tokenizer
 from ftcli.errors import ContentError
@@ -116,18 +115,11 @@ def test_weights_come_back_as_they_were(tmp_path: Path, tiny_tokenizer: Any, kin
     assert 0 < difference < 2.0
 
 
-def find_assets(name: str) -> Path:
-    for root in (os.environ.get("FTCLI_TEST_ASSETS"), Path(__file__).parents[2].parent / "shared" / "assets"):
-        if root and (folder := Path(root) / "tokenizers" / name).is_dir():
-            return folder
-    pytest.skip(f"the tokenizer {name} is not here: set FTCLI_TEST_ASSETS to a folder that holds tokenizers/")
-
-
 @pytest.mark.parametrize(("name", "pre"), [("llama-3.1", "llama-bpe"), ("qwen3", "qwen2")])
 def test_real_vocabularies_tokenise_as_the_original(tmp_path: Path, name: str, pre: str) -> None:
     from transformers import AutoTokenizer
 
-    original = AutoTokenizer.from_pretrained(find_assets(name))
+    original = AutoTokenizer.from_pretrained(find_tokenizer(name))
     rebuilt = load_tokenizer(find_model(str(write_gguf(tmp_path / "v.gguf", original, pre=pre))))
     for text in TEXTS:
         assert rebuilt(text, add_special_tokens=False).input_ids == original(text, add_special_tokens=False).input_ids
