@@ -231,12 +231,15 @@ def _fit_documents(rendered: list[Rendered], data: DataSection, counts: dict[str
 
 
 def _join_failures(failures: list[ContentError]) -> ContentError:
+    """One error that shows each different failure once, with the first row that has it."""
     first = failures[0]
     if len(failures) == 1:
         return first
-    shown = "\n".join(f"{e.where}: {e.what}" for e in failures[1:_PLACES_SHOWN])
-    rest = f"\nand {len(failures) - _PLACES_SHOWN} more rows" if len(failures) > _PLACES_SHOWN else ""
-    return ContentError(f"{first.what}\n{shown}{rest}", where=first.where, why=first.why, hint=first.hint)
+    others = list({error.what: error for error in reversed(failures[1:]) if error.what != first.what}.values())
+    shown = [f"{error.where}: {error.what}" for error in others[::-1][: _PLACES_SHOWN - 1]]
+    rest = len(failures) - 1 - len(shown)
+    lines = [first.what, *shown, *([f"and {rest} more rows"] if rest else [])]
+    return ContentError("\n".join(lines), where=first.where, why=first.why, hint=first.hint)
 
 
 def _explain_overflow(too_long: list[Rendered], limit: int) -> ContentError:

@@ -69,7 +69,7 @@ def build_model(
     Raises:
         UsageError, ContentError: as ``plan_targets`` and ``load_model``; an adapter that does not fit.
     """
-    targets = check_names(recipe, files)
+    targets = check_names(recipe, build_skeleton(files, recipe.model))
     weights_dtype = torch.float32 if recipe.peft is None else dtype
     model = load_model(
         files,
@@ -113,9 +113,8 @@ def enable_checkpointing(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-def check_names(recipe: Recipe, files: ModelFiles) -> Targets | None:
+def check_names(recipe: Recipe, skeleton: Any) -> Targets | None:
     """The modules that LoRA goes on, checked on the model without its weights; None for full fine-tuning."""
-    skeleton = build_skeleton(files, recipe.model)
     context = getattr(skeleton.config, "max_position_embeddings", None)
     if context and recipe.data.max_length > context:
         raise UsageError(

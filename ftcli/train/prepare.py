@@ -14,7 +14,7 @@ from ftcli.data.source import hash_files
 from ftcli.data.tokenizer import NewTokens, add_tokens, hash_template, hash_tokenizer, load_tokenizer
 from ftcli.errors import ContentError, UsageError
 from ftcli.events import Notice, OnEvent, Stage, ignore_event
-from ftcli.model.base import choose_device
+from ftcli.model.base import build_skeleton, choose_device, count_embedding_rows
 from ftcli.model.build import check_names, find_adapter
 from ftcli.recipe import LoadedRecipe, Recipe
 from ftcli.store.run import RunFolder, read_manifest
@@ -65,7 +65,8 @@ def prepare_run(loaded: LoadedRecipe, on_event: OnEvent = ignore_event, *, revis
     _check_device(recipe)
     on_event(Stage("model", recipe.model.name_or_path))
     files = find_model(recipe.model.name_or_path, revision=revision or recipe.model.revision)
-    check_names(recipe, files)
+    skeleton = build_skeleton(files, recipe.model)
+    check_names(recipe, skeleton)
     tokenizer = load_tokenizer(
         files,
         chat_template=recipe.tokenizer.chat_template,
@@ -83,6 +84,7 @@ def prepare_run(loaded: LoadedRecipe, on_event: OnEvent = ignore_event, *, revis
     for part in (split.train, *split.held_out):
         for sentence in part.report.describe_losses():
             on_event(Notice(f"{part.name}: {sentence}"))
+    check_vocabulary(split, max(count_embedding_rows(skeleton), *(token + 1 for token in (*new_tokens, 0))))
     plan = plan_run(recipe, [len(document.ids) for document in split.train.documents])
     if plan_warmup(recipe.train, plan.total_steps) >= plan.total_steps:
         on_event(Notice(f"the warm-up takes all {plan.total_steps} steps: the peak learning rate is never reached"))
@@ -93,6 +95,22 @@ def prepare_run(loaded: LoadedRecipe, on_event: OnEvent = ignore_event, *, revis
         "data_sha256": hash_files(split.files),
     }
     return Prepared(loaded, files, renderer, split, plan, new_tokens, inputs)
+
+
+def check_vocabulary(split: DataSplit, n_rows: int) -> None:
+    """None if the embedding has a row for every token of the data.
+
+    Raises:
+        ContentError: naming a token that the model has never had.
+    """
+    for document in (document for part in (split.train, *split.held_out) for document in part.documents):
+        if (largest := max(document.ids)) >= n_rows:
+            raise ContentError(
+                f"holds the token {largest}, but the model's embedding has {n_rows} rows",
+                where=f"{document.file}:{document.line}",
+                why="this tokenizer is not the one of this model",
+                hint="put the model's own tokenizer beside it, or name new tokens in tokenizer.add_tokens",
+            )
 
 
 def check_inputs_outside(recipe: Recipe, output: Path) -> None:

@@ -208,7 +208,10 @@ def test_signals_save_and_say_how_to_go_on(write_recipe: Any, tmp_path: Path, nu
     while not metrics.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == code, err
     assert "which is saved" in err
     assert f"ftcli train {path} --set=train.max_steps=100000 --resume" in err

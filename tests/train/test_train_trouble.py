@@ -167,6 +167,13 @@ def test_float16_is_refused_without_a_device(write_recipe: Any, monkeypatch: pyt
         train(write_recipe(), overrides=("model.dtype=float16",))
 
 
+def test_a_tokenizer_of_another_model_is_refused(write_recipe: Any, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    folder = save_model(tmp_path / "small", build_model(vocab_size=100), tiny_tokenizer)
+    with pytest.raises(ContentError, match=r"but the model's embedding has 100 rows"):
+        train(write_recipe(model={"name_or_path": str(folder), "dtype": "float32"}))
+    assert not (tmp_path / "run").exists()
+
+
 def test_text_rows_have_a_loss_and_no_score(write_recipe: Any, tmp_path: Path) -> None:
     path = write_recipe(eval={"datasets": [{"path": "texts.jsonl"}], "score": "exact_match"})
     (tmp_path / "texts.jsonl").write_text('{"text": "the quick brown fox"}\n')
