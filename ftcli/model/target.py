@@ -51,6 +51,7 @@ def plan_targets(model: nn.Module, peft: PeftSection) -> Targets:
         chosen, target_modules = _match_pattern(asked, model, linear), asked
     else:
         chosen = [name for entry in asked for name in _match_name(entry, model)]
+        _check_adaptable(model, chosen)
         target_modules = list(asked)
     if layers is not None:
         chosen = [name for name in chosen if (found := _LAYER.search(name)) and int(found.group(1)) in layers]
@@ -127,6 +128,19 @@ def _kind(name: str) -> str:
     if any("attn" in parent or "attention" in parent for parent in parents):
         return "attention"
     return "widening" if leaf in _WIDENING else "narrowing"
+
+
+def _check_adaptable(model: nn.Module, chosen: Sequence[str]) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    for name in chosen:
+        module = model.get_submodule(name)
+        if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            raise UsageError(
+                f"{name} is a {type(module).__name__}, which LoRA cannot be put on",
+                where="peft.target_modules",
+                hint="name linear layers; to train other modules whole, use peft.modules_to_save",
+            )
 
 
 def _match_pattern(pattern: str, model: nn.Module, linear: Sequence[str]) -> list[str]:

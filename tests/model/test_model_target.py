@@ -88,6 +88,8 @@ def test_peft_adapts_what_was_planned(kind: str, preset: str, layers: str | None
         ({"target_modules": "all-liner"}, r"did you mean all-linear\?"),
         ({"target_modules": r".*\.nothing"}, "matches the full name of no linear layer"),
         ({"target_modules": "[unclosed"}, "no valid regex"),
+        ({"target_modules": ["norm"]}, "is a LlamaRMSNorm, which LoRA cannot be put on"),
+        ({"target_modules": ["self_attn"]}, "is a LlamaAttention"),
         ({"target_modules": ["lm_head"]}, "trainable_token_indices.*modules_to_save"),
         ({"target_modules": ["embed_tokens"]}, "one matrix"),
         ({"modules_to_save": ["embed_token"]}, r"peft\.modules_to_save: 'embed_token'.*"),
