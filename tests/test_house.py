@@ -10,8 +10,20 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "ftcli"
 ROOMS = ["errors", "events", "recipe", "store", "data", "model", "evaluate", "train", "jobs", "cli"]
 STRANGERS = {frozenset({"recipe", "store"}), frozenset({"data", "model"})}
-LIGHT = {"errors", "events", "recipe", "store", "jobs", "cli"}
-HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "numpy", "rich", "datasets"}
+LIGHT = {"errors", "events", "recipe", "store", "cli"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "safetensors",
+    "numpy",
+    "rich",
+    "datasets",
+    "pyarrow",
+    "tiktoken",
+}
 
 
 def list_modules() -> list[Path]:

@@ -1,33 +1,28 @@
-"""Files of rows → documents of ids, the plan of an epoch, and the flat batches that a model sees.
+"""The data sets of a recipe → documents to train on and to hold out, with what became of every row.
 
-    documents   [AAAA] [BB] [CCCCCC]                      one row of data each (or one trained turn)
-    batch       A A A A B B C C C C C C                   flat (1, T), side by side, no padding
-    positions   0 1 2 3 0 1 0 1 2 3 4 5                   restart with each document
-    labels      . . A A . B . . . C C C                   -100 where nothing is learned, not shifted
+    section ─▶ rows ─▶ table (or from the cache) ─▶ split ─▶ overflow ─▶ DocumentSet: documents, report
 
-A batch of rows and a pack are the same thing; attention is block-diagonal over the documents.
+The table does not depend on `data`: a run with another max_length, or another split, renders nothing anew.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-import torch
+import numpy as np
 
-from ftcli.data.chat import ChatRenderer, Rendered, TrainOn
-from ftcli.data.message import Example, read_examples
-from ftcli.data.packing import pack_lengths
-from ftcli.errors import ContentError
-from ftcli.recipe import DataSection, DatasetSection
+from ftcli.data.cache import load_table, name_entry, save_table
+from ftcli.data.chat import ChatRenderer
+from ftcli.data.documents import Documents, Ints, RowTable, build_table, join_tables, select_documents
+from ftcli.data.example import read_examples
+from ftcli.data.message import Example
+from ftcli.data.source import Source, find_sources, hash_sources
+from ftcli.data.tokenizer import hash_tokenizer
+from ftcli.errors import ContentError, Problem
+from ftcli.recipe import DataSection, DatasetSection, RowsSection
 
-IGNORE_LABEL = -100
-TrainRow = tuple[Example, TrainOn]
 _PLACES_SHOWN = 5
 
 
@@ -58,57 +53,152 @@ class DataReport:
 
 @dataclass(frozen=True)
 class DocumentSet:
-    """Documents in the order of their rows, and the conversations that went into them whole."""
+    """Documents in the order of their rows; ``rows`` flags those of the table that belong to this set.
+
+    ``is_whole`` flags the rows that are trained on as they were written.
+    """
 
     name: str
-    documents: tuple[Rendered, ...]
-    examples: tuple[Example, ...]
+    documents: Documents
+    rows: Ints
+    is_whole: Ints
     report: DataReport
+    sections: tuple[RowsSection, ...]
+
+    @property
+    def table(self) -> RowTable:
+        return self.documents.table
+
+    def read_examples(self) -> list[Example]:
+        """The conversations that went in whole, read from their files again."""
+        table, wanted = self.table, set(np.flatnonzero(self.is_whole).tolist())
+        places = {table.place(row) for row in wanted}
+        examples = [e for section in self.sections for e in read_section(section, find_section(section))]
+        return [example for example in examples if example.place in places]
 
 
 @dataclass(frozen=True)
 class DataSplit:
-    """The documents of a run: what is trained on, and what is held out."""
+    """The documents of a run: what is trained on, and what is held out; ``sha256`` is that of all files."""
 
     train: DocumentSet
     held_out: tuple[DocumentSet, ...]
-    files: tuple[Path, ...]
+    sha256: str
+    notices: tuple[str, ...] = ()
+
+
+@dataclass
+class Reading:
+    """How data sets are read: ``skipped``, if it is a list, takes bad rows instead of an error."""
+
+    renderer: ChatRenderer
+    uses_cache: bool = True
+    skipped: list[Problem] | None = None
+    on_progress: Callable[[int, int], None] = lambda done, total: None
+    notices: list[str] = field(default_factory=list)
+
+    def load(self, section: RowsSection) -> RowTable:
+        """The table of one section of the recipe, from the cache if it is there.
+
+        Raises:
+            ContentError: rows that cannot be read or rendered.
+        """
+        sources = find_section(section)
+        name = name_entry(self._list_origins(section, sources))
+        keeps = self.uses_cache and self.skipped is None
+        if keeps and (known := load_table(name)):
+            return known
+        examples = read_section(section, sources, self.skipped)
+        failures: list[ContentError] | None = None if self.skipped is None else []
+        table = build_table(examples, self.renderer, section.train_on, skipped=failures, on_progress=self.on_progress)
+        if self.skipped is not None:
+            self.skipped += [Problem(error.what, error.where, error.hint) for error in failures or ()]
+        if keeps and (why := save_table(name, table)):
+            self.notices.append(f"the rendered rows are not cached: {why}")
+        self.notices += [notice for notice in self.renderer.encoder.notices if notice not in self.notices]
+        return table
+
+    def _list_origins(self, section: RowsSection, sources: Sequence[Source]) -> dict[str, object]:
+        template = self.renderer.template
+        return {
+            "data": hash_sources(sources),
+            "names": [source.name for source in sources],
+            "section": section.model_dump(mode="json", exclude={"path", "weight"}),
+            "tokenizer": hash_tokenizer(self.renderer.tokenizer),
+            "special": template.special_tokens,
+            "template": template.source,
+            "variables": template.variables,
+            "date": template.date.isoformat() if template.is_dated else None,
+        }
+
+
+def find_section(section: RowsSection) -> list[Source]:
+    """The files of one section of the recipe."""
+    return find_sources(section.path, config=section.name, split=section.split)
+
+
+def read_section(
+    section: RowsSection, sources: Sequence[Source], skipped: list[Problem] | None = None
+) -> list[Example]:
+    """The examples of one section of the recipe, file by file."""
+    return [
+        example
+        for source in sources
+        for example in read_examples(
+            source, section.type, columns=section.columns, roles=section.roles, skipped=skipped
+        )
+    ]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One forward's worth of documents, side by side and flat.
+class Part:
+    """The rows of one side of a run before anything is cut: ``rows`` flags those of the table that belong to it."""
 
-    Shapes: ``input_ids``, ``labels``, ``position_ids`` (1, T) int64; ``cu_seqlens`` (documents + 1,) int32.
-    ``labels`` are -100 where nothing is learned and at the first token of each document, and not shifted;
-    ``n_targets`` counts the others.
+    name: str
+    table: RowTable
+    rows: Ints
+    weight: Ints
+    sections: tuple[RowsSection, ...]
+
+    def select(self) -> Documents:
+        """The documents of the part's rows, whole."""
+        return select_documents(self.table, self.rows, self.weight)
+
+
+def load_parts(
+    datasets: Sequence[DatasetSection],
+    data: DataSection,
+    held_out: Sequence[RowsSection],
+    reading: Reading,
+    *,
+    seed: int,
+) -> list[Part]:
+    """The rows of a run, rendered: those to train on first, then each held-out set.
+
+    Raises:
+        ContentError: a file or row cannot be used.
     """
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-    n_targets: int
-    places: tuple[str, ...]
-
-    @property
-    def n_tokens(self) -> int:
-        return self.input_ids.shape[1]
-
-    def to(self, device: torch.device) -> Batch:
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-        )
+    tables = [reading.load(section) for section in datasets]
+    table = join_tables(tables)
+    weight = np.repeat([section.weight for section in datasets], [part.n_rows for part in tables])
+    every = np.ones(table.n_rows, dtype=bool)
+    parts = [Part("train", table, every, weight, tuple(datasets))]
+    if data.val_set_size is not None:
+        chosen = split_rows(table, data.val_set_size, seed=seed)
+        once = np.ones(table.n_rows)
+        parts = [replace(parts[0], rows=~chosen), Part("val", table, chosen, once, tuple(datasets))]
+    for section in held_out:
+        own = reading.load(section)
+        name = _name_set(section, [part.name for part in parts])
+        parts.append(Part(name, own, np.ones(own.n_rows, dtype=bool), np.ones(own.n_rows), (section,)))
+    return parts
 
 
 def load_split(
     datasets: Sequence[DatasetSection],
     data: DataSection,
-    held_out: Sequence[DatasetSection],
-    renderer: ChatRenderer,
+    held_out: Sequence[RowsSection],
+    reading: Reading,
     *,
     seed: int,
 ) -> DataSplit:
@@ -117,197 +207,105 @@ def load_split(
     Raises:
         ContentError: a file or row cannot be used, or nothing is left to train on.
     """
-    files = [Path(section.path) for section in (*datasets, *held_out)]
-    rows: list[TrainRow] = [row for section in datasets for row in _read_section(section)]
-    groups: dict[str, list[TrainRow]] = {}
-    for section in held_out:
-        name = stem = Path(section.path).stem
-        while name in groups:
-            name = f"{stem}-{len(groups) + 1}"
-        groups[name] = _read_section(section)
-    if data.val_set_size is not None:
-        rows, groups["val"] = split_rows(rows, data.val_set_size, seed=seed)
-    return DataSplit(
-        build_documents("train", rows, renderer, data),
-        tuple(build_documents(name, group, renderer, data) for name, group in groups.items()),
-        tuple(files),
-    )
+    parts = load_parts(datasets, data, held_out, reading, seed=seed)
+    sets = [build_set(part, data) for part in parts]
+    sources = [source for section in (*datasets, *held_out) for source in find_section(section)]
+    return DataSplit(sets[0], tuple(sets[1:]), hash_sources(sources), tuple(reading.notices))
 
 
-def _read_section(section: DatasetSection) -> list[TrainRow]:
-    return [(example, section.train_on) for example in read_examples(Path(section.path), section.type)]
+def _name_set(section: RowsSection, names: Sequence[str]) -> str:
+    """A name for a held-out set that no other has: its file's, and a number if need be."""
+    stem = name = section.path.rstrip("/").rpartition("/")[2].partition(".")[0] or "eval"
+    number = 1
+    while name in names:
+        number += 1
+        name = f"{stem}-{number}"
+    return name
 
 
-def split_rows(rows: Sequence[TrainRow], size: float | int, *, seed: int) -> tuple[list[TrainRow], list[TrainRow]]:
-    """``rows`` as (training rows, held-out rows), by a hash of seed and content; equal rows stay on one side.
+def split_rows(table: RowTable, size: float | int, *, seed: int) -> Ints:
+    """Flags of the rows to hold out, by a hash of seed and content; equal rows stay on one side.
 
     Args:
-        rows: what to split.
+        table: the rows.
         size: the held-out share (float) or number of different rows (int).
         seed: another seed holds out other rows.
 
     Raises:
         ContentError: one side would be empty.
     """
-    keys = [_hash_example(example, seed) for example, _ in rows]
-    distinct = sorted(set(keys))
+    distinct = sorted(set(table.key.tolist()), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
     n_held_out = size if isinstance(size, int) else round(size * len(distinct))
     if not 0 < n_held_out < len(distinct):
         raise ContentError(
             f"data.val_set_size {size} leaves one side empty: there are {len(distinct)} different rows",
             hint="choose a share or number between",
         )
-    chosen = set(distinct[:n_held_out])
-    train = [row for row, key in zip(rows, keys, strict=True) if key not in chosen]
-    return train, [row for row, key in zip(rows, keys, strict=True) if key in chosen]
+    return np.isin(table.key, np.array(distinct[:n_held_out], dtype=table.key.dtype))
 
 
-def _hash_example(example: Example, seed: int) -> str:
-    content = [example.text, [message.to_template() for message in example.messages], example.tools]
-    return hashlib.sha256(f"{seed}:{json.dumps(content, sort_keys=True, default=str)}".encode()).hexdigest()
-
-
-def build_documents(name: str, rows: Sequence[TrainRow], renderer: ChatRenderer, data: DataSection) -> DocumentSet:
-    """The documents of ``rows``; rows that cannot be rendered are reported together.
+def build_set(part: Part, data: DataSection) -> DocumentSet:
+    """The documents of ``part`` with the overflow policy of ``data`` applied.
 
     Raises:
-        ContentError: rows that the template refuses, that are too long (``overflow: error``), or none left.
+        ContentError: rows that are too long (``overflow: error``), or none left.
     """
-    documents: list[Rendered] = []
-    examples: list[Example] = []
-    counts = {"n_without_target": 0, "n_dropped": 0, "n_truncated": 0, "n_split": 0}
-    failures: list[ContentError] = []
-    too_long: list[Rendered] = []
-    for example, train_on in rows:
-        try:
-            rendered = renderer.render(example, train_on)
-        except ContentError as error:
-            failures.append(error)
-            continue
-        too_long += [document for document in rendered if len(document.ids) > data.max_length]
-        fitted = _fit_documents(rendered, data, counts)
-        useful = [document for document in fitted if any(document.mask[1:])]
-        counts["n_without_target"] += bool(fitted) and not useful
-        documents += useful
-        if useful and fitted == rendered:
-            examples.append(example)
-    if failures:
-        raise _join_failures(failures)
-    if too_long and data.overflow == "error":
-        raise _explain_overflow(too_long, data.max_length)
-    if not documents:
+    table, rows, whole = part.table, part.rows, part.select()
+    is_long = (whole.end - whole.begin) > data.max_length
+    if is_long.any() and data.overflow == "error":
+        raise explain_overflow(whole, is_long, data.max_length)
+    fitted = fit_documents(whole, is_long, data)
+    targets = fitted.count_targets()
+    useful = fitted.select(targets > 0) if (targets == 0).any() else fitted
+    if not len(useful):
         raise ContentError(
-            f"no row of {name} has a token to train on",
+            f"no row of {part.name} has a token to train on",
             hint="check datasets[].train_on and the rows' roles",
         )
+    long_rows = np.unique(whole.row[is_long])
+    has_target, is_whole = np.zeros(table.n_rows, dtype=bool), np.zeros(table.n_rows, dtype=bool)
+    has_target[useful.row] = is_whole[useful.row] = True
+    is_whole[long_rows] = False
+    lost = np.setdiff1d(np.flatnonzero(rows & ~has_target), long_rows if data.overflow == "drop" else [])
+    counts = {"drop": "n_dropped", "truncate": "n_truncated", "split": "n_split"}
     report = DataReport(
-        n_rows=len(rows),
-        n_documents=len(documents),
-        n_tokens=sum(len(d.ids) for d in documents),
-        n_target_tokens=sum(sum(d.mask[1:]) for d in documents),
-        longest=max(len(d.ids) for d in documents),
-        **counts,
+        n_rows=int(rows.sum()),
+        n_documents=len(useful),
+        n_tokens=int((useful.end - useful.begin).sum()),
+        n_target_tokens=int(targets.sum()),
+        n_without_target=len(lost),
+        longest=int((useful.end - useful.begin).max()),
+        **({counts[data.overflow]: len(long_rows)} if len(long_rows) else {}),
     )
-    return DocumentSet(name, tuple(documents), tuple(examples), report)
+    return DocumentSet(part.name, useful, rows, is_whole, report, part.sections)
 
 
-def _fit_documents(rendered: list[Rendered], data: DataSection, counts: dict[str, int]) -> list[Rendered]:
-    """The documents of one row, none longer than ``max_length``, and what that cost added to ``counts``."""
+def fit_documents(documents: Documents, is_long: Ints, data: DataSection) -> Documents:
+    """``documents`` with those that ``is_long`` flags dropped, cut or split, as ``data.overflow`` says."""
+    if not is_long.any():
+        return documents
     limit = data.max_length
-    if all(len(document.ids) <= limit for document in rendered):
-        return rendered
+    if data.overflow == "drop":
+        return documents.select(~is_long)
     if data.overflow == "truncate":
-        counts["n_truncated"] += 1
-        return [Rendered(d.ids[:limit], d.mask[:limit], d.file, d.line) for d in rendered]
-    if data.overflow == "split":
-        counts["n_split"] += 1
-        return [
-            Rendered(d.ids[i : i + limit], d.mask[i : i + limit], d.file, d.line)
-            for d in rendered
-            for i in range(0, len(d.ids), limit)
-        ]
-    counts["n_dropped"] += 1
-    return [document for document in rendered if len(document.ids) <= limit]
+        end = np.minimum(documents.end, documents.begin + limit)
+        return Documents(documents.table, documents.begin, end, documents.row, documents.weight)
+    n_parts = np.maximum(1, -(-(documents.end - documents.begin) // limit))
+    index = np.repeat(np.arange(len(documents)), n_parts)
+    part = np.arange(len(index)) - np.repeat(np.cumsum(n_parts) - n_parts, n_parts)
+    begin = documents.begin[index] + part * limit
+    end = np.minimum(documents.end[index], begin + limit)
+    return Documents(documents.table, begin, end, documents.row[index], documents.weight[index])
 
 
-def _join_failures(failures: list[ContentError]) -> ContentError:
-    """One error that shows each different failure once, with the first row that has it."""
-    first = failures[0]
-    if len(failures) == 1:
-        return first
-    others = list({error.what: error for error in reversed(failures[1:]) if error.what != first.what}.values())
-    shown = [f"{error.where}: {error.what}" for error in others[::-1][: _PLACES_SHOWN - 1]]
-    rest = len(failures) - 1 - len(shown)
-    lines = [first.what, *shown, *([f"and {rest} more rows"] if rest else [])]
-    return ContentError("\n".join(lines), where=first.where, why=first.why, hint=first.hint)
-
-
-def _explain_overflow(too_long: list[Rendered], limit: int) -> ContentError:
-    longest = max(too_long, key=lambda document: len(document.ids))
-    places = ", ".join(f"{d.file}:{d.line} ({len(d.ids)})" for d in too_long[:_PLACES_SHOWN])
-    more = f" and {len(too_long) - _PLACES_SHOWN} more" if len(too_long) > _PLACES_SHOWN else ""
+def explain_overflow(documents: Documents, is_long: Ints, limit: int) -> ContentError:
+    """The error for rows that are longer than ``limit`` tokens."""
+    lengths = documents.end - documents.begin
+    long_rows = documents.row[is_long]
+    shown = dict(zip(long_rows.tolist(), lengths[is_long].tolist(), strict=True))
+    places = ", ".join(f"{documents.table.place(row)} ({n})" for row, n in list(shown.items())[:_PLACES_SHOWN])
+    more = f" and {len(shown) - _PLACES_SHOWN} more" if len(shown) > _PLACES_SHOWN else ""
     return ContentError(
-        f"{len(too_long)} rows are longer than data.max_length {limit}: {places}{more}",
-        hint=f"raise data.max_length to {len(longest.ids)}, or set data.overflow to drop, truncate or split",
-    )
-
-
-Step = tuple[tuple[int, ...], ...]
-
-
-def plan_epoch(
-    lengths: Sequence[int],
-    *,
-    seed: int,
-    epoch: int,
-    rows_per_batch: int,
-    batches_per_step: int,
-    pack_tokens: int | None,
-) -> list[Step]:
-    """The optimizer steps of one epoch: each a tuple of micro-batches, each a tuple of document indices.
-
-    Every document appears once. The order depends on ``seed`` and ``epoch`` alone, never on random state, so a
-    resumed run sees the same data; the number of steps is the same in every epoch.
-
-    Args:
-        lengths: tokens of each document.
-        seed: the run's seed.
-        epoch: counted from 0.
-        rows_per_batch: documents (or packs) side by side in one micro-batch.
-        batches_per_step: micro-batches of one optimizer step, over all processes.
-        pack_tokens: capacity of a pack, or None for one document a row.
-    """
-    order = list(range(len(lengths)))
-    shuffler = random.Random(f"{seed}:{epoch}")
-    shuffler.shuffle(order)
-    rows = [[index] for index in order]
-    if pack_tokens is not None:
-        packs = pack_lengths([lengths[index] for index in order], pack_tokens)
-        rows = [[order[position] for position in pack] for pack in packs]
-        shuffler.shuffle(rows)
-    batches = [
-        tuple(index for row in rows[i : i + rows_per_batch] for index in row)
-        for i in range(0, len(rows), rows_per_batch)
-    ]
-    n_steps = math.ceil(len(batches) / batches_per_step)
-    return [tuple(batches[i * batches_per_step : (i + 1) * batches_per_step]) for i in range(n_steps)]
-
-
-def build_batch(documents: Sequence[Rendered]) -> Batch:
-    """The flat batch of ``documents``, side by side in their order."""
-    ids = [token for document in documents for token in document.ids]
-    labels: list[int] = []
-    for document in documents:
-        trained = zip(document.ids[1:], document.mask[1:], strict=True)
-        labels += [IGNORE_LABEL, *(token if is_trained else IGNORE_LABEL for token, is_trained in trained)]
-    borders = [0]
-    for document in documents:
-        borders.append(borders[-1] + len(document.ids))
-    return Batch(
-        input_ids=torch.tensor([ids]),
-        labels=torch.tensor([labels]),
-        position_ids=torch.cat([torch.arange(len(d.ids)) for d in documents])[None],
-        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
-        n_targets=sum(label != IGNORE_LABEL for label in labels),
-        places=tuple(f"{d.file}:{d.line}" for d in documents),
+        f"{len(shown)} rows are longer than data.max_length {limit}: {places}{more}",
+        hint=f"raise data.max_length to {int(lengths.max())}, or set data.overflow to drop, truncate or split",
     )

@@ -15,17 +15,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from ftcli.data.source import JsonError, Row, check_problems, name_type, parse_json, read_rows
-from ftcli.errors import ContentError, Problem, UsageError
+from ftcli.data.json_text import JsonError, name_type, parse_json
+from ftcli.data.source import Row
+from ftcli.errors import ContentError
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 # In the order of detection: a row with messages and a text is a conversation with its rendering beside it.
-_NEEDED = {
+KEYS_NEEDED = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
@@ -37,7 +37,9 @@ _SPEAKERS = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
     "system": "system",
     **dict.fromkeys(("tool", "observation"), "tool"),
+    **{role: role for role in ("developer", "function", "ipython")},
 }
+_NOTHING: dict[str, Any] = {}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _OWN_KEYS = ("role", "content", "train", "weight")
 
@@ -49,7 +51,7 @@ class Message:
     role: str
     content: str | None
     train: bool | None = None  # the row's own word on whether the turn is learned; None: as train_on says
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
 
     def to_template(self) -> dict[str, Any]:
         """The message as a chat template sees it; ``content`` is there even if it is None."""
@@ -65,34 +67,12 @@ class Example:
     tools: tuple[Any, ...] | None
     file: str
     line: int
+    format: str = "messages"
 
     @property
     def place(self) -> str:
         """Where the row stands, as errors print it: ``train.jsonl:12``."""
         return f"{self.file}:{self.line}"
-
-
-def read_examples(path: Path, format: str = "auto", *, require_assistant: bool = True) -> list[Example]:  # noqa: A002
-    """The examples of a JSONL file in its order; ``auto`` takes the format of its first row for all.
-
-    Raises:
-        UsageError: an unknown format, or what `read_rows` says about the path.
-        ContentError: lines or rows that cannot be read; the first ten are named at once.
-    """
-    if format not in (*FORMATS, "auto"):
-        what = f"unknown format {format}; the formats are auto, {', '.join(FORMATS)}"
-        raise UsageError(what, hint=_suggest(format, FORMATS))
-    rows = read_rows(path)
-    detected = detect_format(rows[0]) if format == "auto" else format
-    examples: list[Example] = []
-    problems: list[Problem] = []
-    for row in rows:
-        try:
-            examples.append(read_example(row, detected, require_assistant=require_assistant))
-        except ContentError as error:
-            problems.append(Problem(error.what, error.where, error.hint))
-    check_problems(problems)
-    return examples
 
 
 def detect_format(row: Row) -> str:
@@ -115,8 +95,10 @@ def detect_format(row: Row) -> str:
         )
     if fitting:
         return fitting[0]
-    needs = "\n  ".join(f"{name} needs {' and '.join(needed)}" for name, needed in _NEEDED.items())
-    raise ContentError(f"no known format has the keys {', '.join(keys) or '(none)'}", where=row.place, why=needs)
+    needs = "\n  ".join(f"{name} needs {' and '.join(needed)}" for name, needed in KEYS_NEEDED.items())
+    what = f"no known format has the keys {', '.join(keys) or '(none)'}"
+    hint = "say which column is which, such as columns: {prompt: question, completion: answer}"
+    raise ContentError(what, where=row.place, why=needs, hint=hint)
 
 
 def read_example(row: Row, format: str, *, require_assistant: bool = True) -> Example:  # noqa: A002
@@ -128,53 +110,59 @@ def read_example(row: Row, format: str, *, require_assistant: bool = True) -> Ex
     Raises:
         ContentError: the row does not fit; its place, the field and what belongs there.
     """
-    missing = [key for key in _NEEDED[format] if row.value.get(key) is None]
+    missing = [key for key in KEYS_NEEDED[format] if row.value.get(key) is None]
     if missing:
         what = f"{' and '.join(missing)}: missing in a row read as {format}"
         hint = "".join(f"the row looks like {other}; a file holds one format" for other in _list_fitting(row)[:1])
-        raise _error(row, f"{what} (its keys: {', '.join(row.value) or 'none'})", hint)
+        raise build_row_error(row, f"{what} (its keys: {', '.join(row.value) or 'none'})", hint)
     if format == "text":
         text = _get_text(row, row.value, "text", "text")
         if not text.strip():
-            raise _error(row, "text: blank")
-        return Example((), text, None, row.file, row.line)
+            raise build_row_error(row, "text: blank")
+        return Example((), text, None, row.file, row.line, format)
     system, messages = _read_system(row), _READERS[format](row)
-    if system and any(message.role == "system" for message in messages):
-        raise _error(row, "system: given twice, for the row and in its messages")
-    if require_assistant and not any(message.role == "assistant" for message in messages):
-        raise _error(row, "no assistant turn: nothing to learn")
+    roles = [message.role for message in messages]
+    if system and "system" in roles:
+        raise build_row_error(row, "system: given twice, for the row and in its messages")
+    if require_assistant and "assistant" not in roles:
+        raise build_row_error(row, "no assistant turn: nothing to learn")
     tools = _read_tools(row, is_sharegpt=format == "sharegpt")
-    return Example((*system, *messages), None, tools, row.file, row.line)
+    return Example((*system, *messages), None, tools, row.file, row.line, format)
 
 
 def _read_messages(row: Row, key: str = "messages") -> list[Message]:
-    turns = _get_list(row, row.value[key], key)
-    return [_read_message(row, turn, f"{key}[{i}]") for i, turn in enumerate(turns)]
+    messages = []
+    for i, turn in enumerate(_get_list(row, row.value[key], key)):
+        if type(turn) is dict and len(turn) == 2:  # nearly every turn of nearly every set
+            role, content = turn.get("role"), turn.get("content")
+            if role in ROLES and type(content) is str:
+                messages.append(Message(role, content))
+                continue
+        messages.append(_read_message(row, turn, f"{key}[{i}]"))
+    return messages
 
 
 def _read_message(row: Row, turn: Any, place: str, content_key: str = "content") -> Message:
     if not isinstance(turn, dict):
-        raise _error(row, f"{place}: {name_type(turn)} where a message belongs")
+        raise build_row_error(row, f"{place}: {name_type(turn)} where a message belongs")
     if "role" not in turn and "from" in turn:
         what = f"{place}: from and value where role and content belong"
-        raise _error(row, what, "the row looks like ShareGPT: rename messages to conversations")
+        raise build_row_error(row, what, "the row looks like ShareGPT: set columns: {conversations: messages}")
     role = _get_text(row, turn, "role", f"{place}.role")
     if role not in ROLES:
-        hint = _suggest(role, ROLES)
-        if role in _SPEAKERS:
-            hint = f"did you mean {_SPEAKERS[role]}? {role} is what ShareGPT says; the row looks like that"
-        raise _error(row, f"{place}.role: unknown role {role!r}; the roles are {', '.join(ROLES)}", hint)
+        what = f"{place}.role: unknown role {role!r}; the roles are {', '.join(ROLES)}"
+        raise build_row_error(row, what, _suggest_role(role))
     # templates ask whether tool_calls is there at all, so null and an empty list must not be
     extra = {key: value for key, value in turn.items() if key not in _OWN_KEYS and value is not None}
     if extra.get("tool_calls") == []:
         del extra["tool_calls"]
     calls = extra.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise _error(row, f"{place}.tool_calls: not a list of objects")
+        raise build_row_error(row, f"{place}.tool_calls: not a list of objects")
     content = _read_content(row, turn.get("content"), f"{place}.{content_key}")
     says_nothing = not calls and not (role == "assistant" and any(key in extra for key in _REASONING))
     if content is None and says_nothing:
-        raise _error(row, f"{place}.{content_key}: null or missing where a text belongs")
+        raise build_row_error(row, f"{place}.{content_key}: null or missing where a text belongs")
     return Message(role, content, _read_train(row, turn, place), extra)
 
 
@@ -182,12 +170,12 @@ def _read_content(row: Row, content: Any, place: str) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _error(row, f"{place}: {name_type(content)} where a text belongs")
+        raise build_row_error(row, f"{place}: {name_type(content)} where a text belongs")
     texts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else name_type(part)
         if kind != "text":
-            raise _error(row, f"{place}[{i}]: a part of type {kind!r}; only text is trained on")
+            raise build_row_error(row, f"{place}[{i}]: a part of type {kind!r}; only text is trained on")
         texts.append(_get_text(row, part, "text", f"{place}[{i}].text"))
     return "".join(texts)
 
@@ -195,13 +183,13 @@ def _read_content(row: Row, content: Any, place: str) -> str | None:
 def _read_train(row: Row, turn: dict[str, Any], place: str) -> bool | None:
     train, weight = turn.get("train"), turn.get("weight")
     if train is not None and not isinstance(train, bool):
-        raise _error(row, f"{place}.train: {name_type(train)} where true or false belongs")
+        raise build_row_error(row, f"{place}.train: {name_type(train)} where true or false belongs")
     if weight is None:
         return train
     if isinstance(weight, bool) or weight not in (0, 1):
-        raise _error(row, f"{place}.weight: {weight!r}; only 0 and 1 are known")
+        raise build_row_error(row, f"{place}.weight: {weight!r}; only 0 and 1 are known")
     if train is not None and train != weight:
-        raise _error(row, f"{place}: train and weight contradict each other")
+        raise build_row_error(row, f"{place}: train and weight contradict each other")
     return bool(weight)
 
 
@@ -210,14 +198,14 @@ def _read_sharegpt(row: Row) -> list[Message]:
     for i, turn in enumerate(_get_list(row, row.value["conversations"], "conversations")):
         place = f"conversations[{i}]"
         if not isinstance(turn, dict):
-            raise _error(row, f"{place}: {name_type(turn)} where a turn belongs")
+            raise build_row_error(row, f"{place}: {name_type(turn)} where a turn belongs")
         if "from" not in turn and "role" in turn:
             what = f"{place}: role and content where from and value belong"
-            raise _error(row, what, "rename conversations to messages")
+            raise build_row_error(row, what, "set columns: {messages: conversations}")
         speaker = _get_text(row, turn, "from", f"{place}.from")
         if speaker not in _SPEAKERS:
             what = f"{place}.from: unknown speaker {speaker!r}; the speakers are {', '.join(_SPEAKERS)}"
-            raise _error(row, what, _suggest(speaker, tuple(_SPEAKERS)))
+            raise build_row_error(row, what, _suggest_role(speaker))
         value = _get_text(row, turn, "value", f"{place}.value")
         as_message = {key: turn[key] for key in turn if key not in ("from", "value")}
         as_message |= {"role": _SPEAKERS[speaker], "content": value}
@@ -232,14 +220,14 @@ def _read_calls(row: Row, text: str, place: str) -> list[dict[str, Any]]:
     calls = _parse_field(row, text, place)
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise _error(row, f"{place}: not a call with name and arguments, nor a list of calls")
+        raise build_row_error(row, f"{place}: not a call with name and arguments, nor a list of calls")
     result = []
     for call in calls:
         arguments = call.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _parse_field(row, arguments, f"{place}: arguments")
         if not isinstance(arguments, dict):
-            raise _error(row, f"{place}: arguments: {name_type(arguments)} where an object belongs")
+            raise build_row_error(row, f"{place}: arguments: {name_type(arguments)} where an object belongs")
         others = {key: call[key] for key in call if key not in ("name", "arguments")}
         others |= {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
         result.append(others)
@@ -252,13 +240,13 @@ def _read_alpaca(row: Row) -> list[Message]:
     given = "" if row.value.get("input") is None else _get_text(row, row.value, "input", "input")
     question = "\n\n".join(part for part in (asked, given) if part.strip())
     if not question:
-        raise _error(row, "instruction: blank")
+        raise build_row_error(row, "instruction: blank")
     messages, history = [], row.value.get("history") or []
     if not isinstance(history, list):
-        raise _error(row, f"history: {name_type(history)} where a list of pairs belongs")
+        raise build_row_error(row, f"history: {name_type(history)} where a list of pairs belongs")
     for i, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise _error(row, f"history[{i}]: not a pair of texts")
+            raise build_row_error(row, f"history[{i}]: not a pair of texts")
         messages += [Message("user", pair[0]), Message("assistant", pair[1])]
     messages.append(Message("user", question))
     return [*messages, Message("assistant", _get_text(row, row.value, "output", "output"))]
@@ -271,7 +259,7 @@ def _read_prompt_completion(row: Row) -> list[Message]:
         return [Message("user", prompt), Message("assistant", completion)]
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         found = f"{name_type(prompt)} and {name_type(completion)}"
-        raise _error(row, f"prompt and completion: {found}; both must be texts, or both lists of messages")
+        raise build_row_error(row, f"prompt and completion: {found}; both must be texts, or both lists of messages")
     given = _read_messages(row, "prompt")
     # the answers of a prompt are what the completion follows, not what the row teaches
     shown = [replace(m, train=False) if m.role == "assistant" and m.train is None else m for m in given]
@@ -296,7 +284,7 @@ def _read_tools(row: Row, *, is_sharegpt: bool) -> tuple[Any, ...] | None:
     if tools is None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise _error(row, "tools: not a list of objects, nor the JSON text of one")
+        raise build_row_error(row, "tools: not a list of objects, nor the JSON text of one")
     if is_sharegpt:
         tools = [{"type": "function", "function": t} if "name" in t and "type" not in t else t for t in tools]
     return tuple(tools) or None
@@ -306,40 +294,50 @@ def _parse_field(row: Row, text: str, place: str) -> Any:
     try:
         return parse_json(text)
     except JsonError as error:
-        raise _error(row, f"{place}: {error.what}", error.hint) from None
+        raise build_row_error(row, f"{place}: {error.what}", error.hint) from None
 
 
 def _get_text(row: Row, holder: dict[str, Any], key: str, place: str) -> str:
     value = holder.get(key)
     if not isinstance(value, str):
         found = "null or missing" if value is None else name_type(value)
-        raise _error(row, f"{place}: {found} where a text belongs")
+        raise build_row_error(row, f"{place}: {found} where a text belongs")
     return value
 
 
 def _get_list(row: Row, value: Any, place: str) -> list[Any]:
+    """A list of turns; tables hold it as the JSON text of one."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _parse_field(row, value, place)
     if not isinstance(value, list):
-        raise _error(row, f"{place}: {name_type(value)} where a list of messages belongs")
+        raise build_row_error(row, f"{place}: {name_type(value)} where a list of messages belongs")
     if not value:
-        raise _error(row, f"{place}: no messages")
+        raise build_row_error(row, f"{place}: no messages")
     return value
 
 
 def _list_fitting(row: Row) -> list[str]:
     """The formats whose keys the row has, in the order of detection."""
     keys = {key for key, value in row.value.items() if value is not None}
-    return [name for name, needed in _NEEDED.items() if keys.issuperset(needed)]
+    return [name for name, needed in KEYS_NEEDED.items() if keys.issuperset(needed)]
 
 
-def _error(row: Row, what: str, hint: str = "") -> ContentError:
+def build_row_error(row: Row, what: str, hint: str = "") -> ContentError:
     return ContentError(what, where=row.place, hint=hint)
 
 
-def _suggest(word: str, known: Sequence[str]) -> str:
-    other_names = {"bot": "assistant", "ai": "assistant", "agent": "assistant", "prompter": "user"}
+def suggest_name(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word.lower(), known, n=1)
-    guess = close[0] if close else other_names.get(word.lower(), "")
-    return f"did you mean {guess}?" if guess else ""
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def _suggest_role(word: str) -> str:
+    """How the recipe says which of our roles a file's word means; a guess where there is one."""
+    names = {**_SPEAKERS, "bot": "assistant", "ai": "assistant", "agent": "assistant", "prompter": "user"}
+    close = difflib.get_close_matches(word.lower(), names, n=1)
+    if not close:
+        return f"set roles: {{{word}: ROLE}}"
+    return f"did you mean {names[close[0]]}? set roles: {{{word}: {names[close[0]]}}}"
 
 
 _READERS: dict[str, Callable[[Row], list[Message]]] = {

@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
+from ftcli.data.template import read_template
 from ftcli.errors import ContentError, UsageError
 from ftcli.store.gguf_header import read_gguf_header
 from ftcli.store.target import ModelFiles
@@ -29,7 +30,7 @@ def load_tokenizer(files: ModelFiles, *, chat_template: str = "auto", trust_remo
 
     Args:
         files: the base model.
-        chat_template: ``auto`` for the model's own template, else the path of a Jinja file.
+        chat_template: ``auto`` for the model's own template, the name of a bundled one, or the path of a Jinja file.
         trust_remote_code: whether Python code beside the tokenizer may run.
 
     Raises:
@@ -56,7 +57,7 @@ def load_tokenizer(files: ModelFiles, *, chat_template: str = "auto", trust_remo
     if files.gguf_path:
         _complete_gguf_tokenizer(tokenizer, files.gguf_path)
     if chat_template != "auto":
-        tokenizer.chat_template = _read_template(Path(chat_template))
+        tokenizer.chat_template = read_template(chat_template)
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -94,13 +95,6 @@ def hash_tokenizer(tokenizer: Any) -> str:
 def hash_template(tokenizer: Any) -> str:
     """The sha256 of the chat template in use, in hex."""
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the chat template cannot be read: {error}", where=str(path)) from error
 
 
 def _complete_gguf_tokenizer(tokenizer: Any, path: Path) -> None:

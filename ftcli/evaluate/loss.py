@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from ftcli.data.batch import IGNORE_LABEL, Batch, build_batch
 from ftcli.data.chat import Rendered
-from ftcli.data.loader import IGNORE_LABEL, Batch, build_batch
 
 
 def compute_loss_sum(model: Any, batch: Batch) -> torch.Tensor:
@@ -62,7 +63,7 @@ def compute_mean_loss(
     group: list[Rendered] = []
     size = 0
     try:
-        for document in [*documents, None]:
+        for document in chain(documents, (None,)):
             if group and (document is None or size + len(document.ids) > batch_tokens):
                 check_stop()
                 batch = build_batch(group).to(device)

@@ -2,6 +2,7 @@
 
 from ftcli.recipe.load import LoadedRecipe, build_recipe, load_recipe
 from ftcli.recipe.schema import (
+    BUNDLED_TEMPLATES,
     CheckpointSection,
     DataSection,
     DatasetSection,
@@ -10,6 +11,7 @@ from ftcli.recipe.schema import (
     PeftSection,
     QuantizationSection,
     Recipe,
+    RowsSection,
     Section,
     TokenizerSection,
     TrainSection,
@@ -17,6 +19,7 @@ from ftcli.recipe.schema import (
 from ftcli.recipe.text import compare_recipes, dump_recipe, recipe_json_schema
 
 __all__ = [
+    "BUNDLED_TEMPLATES",
     "CheckpointSection",
     "DataSection",
     "DatasetSection",
@@ -26,6 +29,7 @@ __all__ = [
     "PeftSection",
     "QuantizationSection",
     "Recipe",
+    "RowsSection",
     "Section",
     "TokenizerSection",
     "TrainSection",

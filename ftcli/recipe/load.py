@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,13 @@ from ftcli.errors import Problem, RecipeError, UsageError
 from ftcli.recipe.document import Entry, Finding, KeyPath, Place, build_entry, read_document
 from ftcli.recipe.override import apply_override, drop_excluded
 from ftcli.recipe.problem import check_values
-from ftcli.recipe.schema import Recipe
+from ftcli.recipe.schema import BUNDLED_TEMPLATES, Recipe
 from ftcli.recipe.text import list_changed
 
+# what names a data set on the Hub and is neither a file name nor a glob
+_HUB_ID = re.compile(
+    r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.jsonl)(?<!\.json)(?<!\.ndjson)(?<!\.parquet)(?<!\.csv)(?<!\.tsv)"
+)
 _MAX_BYTES = 1_000_000  # a file of data, given by mistake, is not read to its end
 
 
@@ -96,17 +101,26 @@ def _list_paths(values: Mapping[str, Any]) -> Iterator[KeyPath]:
             if isinstance(entry, dict):
                 yield (*prefix, index, "path")
     tokenizer = values.get("tokenizer")
-    if isinstance(tokenizer, dict) and tokenizer.get("chat_template") != "auto":
+    if isinstance(tokenizer, dict) and tokenizer.get("chat_template") not in ("auto", *BUNDLED_TEMPLATES):
         yield ("tokenizer", "chat_template")
 
 
 def _make_absolute(values: Any, path: KeyPath, folder: Path) -> None:
-    """``..`` stays, because a folder before it may be a link."""
+    """``..`` stays, because a folder before it may be a link; what can only be a Hub id stays as it is."""
     for part in path[:-1]:
         values = values[part]
     text = values.get(path[-1])
     if isinstance(text, str) and text:
-        values[path[-1]] = str(folder / os.path.expanduser(text))
+        absolute = folder / os.path.expanduser(text)
+        if path[-1] != "path" or not _HUB_ID.fullmatch(text) or _exists(absolute):
+            values[path[-1]] = str(absolute)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _list_sources(recipe: Recipe, tree: Entry) -> dict[str, str]:

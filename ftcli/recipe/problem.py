@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from ftcli.recipe.alias import suggest_key
 from ftcli.recipe.document import WORDS, Entry, Finding, KeyPath, Place, read_scalar
 from ftcli.recipe.field import Kind, describe_kind, find_kind, find_section, list_choices, list_forms
-from ftcli.recipe.schema import SCHEMA_VERSION, DatasetSection, Recipe
+from ftcli.recipe.schema import SCHEMA_VERSION, Recipe, RowsSection
 
 _MAX_SHOWN = 60
 # The same place may break several rules, when its type is a union: the most telling one is told.
@@ -184,7 +184,7 @@ def _suggest_value(entry: Entry, kind: Kind) -> str:
         return f"; write {int(value)}"
     if not isinstance(value, str):
         return ""
-    if forms == {"section"} and find_section(kind) is DatasetSection:
+    if forms == {"section"} and issubclass(find_section(kind) or Recipe, RowsSection):
         return f"; write path: {value}"
     if "bool" in forms and (word := WORDS.get(value.lower(), value.lower())) in ("true", "false"):
         return f"; write {word}"

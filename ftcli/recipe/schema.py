@@ -17,6 +17,9 @@ from pydantic_core import PydanticCustomError
 
 SCHEMA_VERSION: Literal[1] = 1
 
+# The chat templates that come with ftcli, for base models, which have none.
+BUNDLED_TEMPLATES = ("llama3", "chatml", "mistral")
+
 # The first key, when it has a value, takes the place of the second, which then may not be given.
 EXCLUSIVE = {"train.max_steps": "train.num_train_epochs", "train.warmup_steps": "train.warmup_ratio"}
 
@@ -98,9 +101,13 @@ class TokenizerSection(Section):
     """The template that renders conversations, and tokens to add."""
 
     chat_template: Annotated[
-        str, Field(pattern=r"^auto$|\.(jinja|j2)$"), Expected("auto or a path to a .jinja file")
+        str,
+        Field(pattern=rf"^(auto|{'|'.join(BUNDLED_TEMPLATES)})$|\.(jinja|j2)$"),
+        Expected(f"auto, {', '.join(BUNDLED_TEMPLATES)}, or a path to a .jinja file"),
     ] = Field(
-        default="auto", description="The model's own template (auto), or a file (relative to the recipe's folder)."
+        default="auto",
+        description="The model's own template (auto), one that ftcli brings for base models (llama3, chatml, "
+        "mistral), or a file (relative to the recipe's folder).",
     )
     chat_template_kwargs: Annotated[dict[str, JsonValue], Expected("a mapping of names to values")] = Field(
         default={}, description="Variables for the template, such as `enable_thinking: false`."
@@ -170,17 +177,36 @@ class PeftSection(Section):
         return self
 
 
-class DatasetSection(Section):
+class RowsSection(Section):
     """One source of rows."""
 
-    path: Text = Field(description="A .jsonl file (relative to the recipe's folder).")
+    path: Text = Field(
+        description="A file (.jsonl, .json, .parquet, .csv, .tsv), a folder of them, a glob (all relative to the "
+        "recipe's folder), or a Hub id."
+    )
+    name: Text | None = Field(default=None, description="Configuration of a data set on the Hub.")
+    split: Text = Field(default="train", description="Split of a data set on the Hub.")
     type: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
-        default="auto", description="Format of the rows; auto tells it from the first ones."
+        default="auto", description="Format of the rows; auto tells it from the first one of each file."
+    )
+    columns: Annotated[dict[Text, Text], Expected("a mapping of the format's keys to the file's columns")] = Field(
+        default={}, description="The file's names for the format's keys, such as `messages: dialogue`."
+    )
+    roles: Annotated[dict[Text, Text], Expected("a mapping of the file's roles to ours")] = Field(
+        default={}, description="Roles for the file's own words, such as `bot: assistant`."
     )
     train_on: Annotated[
         Literal["assistant", "last_assistant", "all"] | Texts,
         Expected("one of assistant, last_assistant, all, or a list of roles"),
     ] = Field(default="assistant", description="Turns that are learned; `train` in a message wins over it.")
+
+
+class DatasetSection(RowsSection):
+    """One source of rows to train on."""
+
+    weight: Positive = Field(
+        default=1.0, description="How often an epoch sees each row: 2 is twice, 0.5 another half in each epoch."
+    )
 
 
 class DataSection(Section):
@@ -249,8 +275,8 @@ class TrainSection(Section):
 class EvalSection(Section):
     """Evaluation on held-out rows; needs `eval.datasets` or `data.val_set_size`."""
 
-    datasets: Annotated[tuple[DatasetSection, ...], Field(strict=False)] = Field(
-        default=(), description="Held-out rows, with the keys of `datasets[]`; excludes data.val_set_size."
+    datasets: Annotated[tuple[RowsSection, ...], Field(strict=False)] = Field(
+        default=(), description="Held-out rows, with the keys of `datasets[]` but weight; excludes data.val_set_size."
     )
     eval_steps: Count | None = Field(
         default=None, description="Optimizer steps between evaluations; null: once before and once at the end."

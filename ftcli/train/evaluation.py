@@ -64,7 +64,7 @@ class Evaluation:
         return score_examples(
             self.model,
             self.prepared.renderer,
-            part.examples,
+            part.read_examples(),
             metric=section.score,
             max_new_tokens=section.max_new_tokens,
             batch_rows=section.per_device_eval_batch_size,

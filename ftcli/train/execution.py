@@ -135,6 +135,7 @@ class Execution:
         steps = run_steps(
             self.recipe,
             self.prepared.split.train.documents,
+            self.prepared.plan,
             self.wrapped_model,
             self.wrapped_optimizer,
             self.accelerator,

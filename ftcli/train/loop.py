@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-from ftcli.data.chat import Rendered
-from ftcli.data.loader import Batch, Step, build_batch, plan_epoch
+from ftcli.data.batch import Batch, build_batch
+from ftcli.data.documents import Documents
+from ftcli.data.plan import Step, plan_epoch
 from ftcli.errors import NumericError
 from ftcli.evaluate.loss import compute_loss_sum
 from ftcli.recipe import Recipe
@@ -29,12 +33,22 @@ _MOST_SKIPPED_STEPS = 20  # a float16 loss scale that is still too large after t
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run is; ``first_epoch`` shows what one epoch looks like."""
+    """How long a run is: the steps of each epoch that it enters, and what the first one looks like."""
 
-    steps_per_epoch: int
+    epoch_steps: tuple[int, ...]
     total_steps: int
     fill: float
     first_epoch: tuple[Step, ...]
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """The epoch in which a step (from 1) lies, and its index there, both from 0."""
+        ends = self._ends
+        epoch = bisect_left(ends, step)
+        return epoch, step - 1 - (ends[epoch - 1] if epoch else 0)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(self.epoch_steps))
 
 
 @dataclass(frozen=True)
@@ -52,30 +66,48 @@ class StepResult:
     seconds: float = 0.0
 
 
-def plan_run(recipe: Recipe, lengths: Sequence[int]) -> Plan:
-    """The number of steps that ``recipe`` takes over documents of ``lengths`` tokens, and the fill of packs."""
-    steps = plan_steps(recipe, lengths, epoch=0)
-    total_steps = recipe.train.max_steps or math.ceil(round(recipe.train.num_train_epochs * len(steps), 6))
+def plan_run(recipe: Recipe, documents: Documents) -> Plan:
+    """The steps that ``recipe`` takes over ``documents``, and the fill of packs."""
+    first = plan_steps(recipe, documents, epoch=0)
+    # the number of packs follows from the lengths alone, and these differ only where a fraction is chosen
+    varies = recipe.data.packing and bool((documents.weight % 1 != 0).any())
+    epochs = recipe.train.num_train_epochs
+    if recipe.train.max_steps is not None:
+        epochs = math.inf
+    epoch_steps: list[int] = []
+    total_steps = 0
+    while total_steps < (recipe.train.max_steps or math.inf) and len(epoch_steps) < epochs:
+        n_steps = len(first)
+        if varies and epoch_steps:
+            n_steps = len(plan_steps(recipe, documents, epoch=len(epoch_steps)))
+        share = min(1.0, epochs - len(epoch_steps))
+        total_steps += math.ceil(round(share * n_steps, 6))
+        epoch_steps.append(n_steps)
+    total_steps = max(1, min(total_steps, recipe.train.max_steps or total_steps))
     capacity = recipe.data.max_length * recipe.train.per_device_train_batch_size
-    n_batches = sum(len(step) for step in steps)
-    return Plan(len(steps), max(1, total_steps), sum(lengths) / (n_batches * capacity), tuple(steps))
+    batches = [batch for step in first for batch in step]
+    lengths = documents.lengths
+    n_tokens = sum(lengths[index] for batch in batches for index in batch)
+    return Plan(tuple(epoch_steps), total_steps, n_tokens / (len(batches) * capacity), tuple(first))
 
 
-def plan_steps(recipe: Recipe, lengths: Sequence[int], *, epoch: int) -> list[Step]:
+def plan_steps(recipe: Recipe, documents: Documents, *, epoch: int) -> list[Step]:
     """The optimizer steps of one epoch, as ``plan_epoch`` makes them for this recipe."""
     return plan_epoch(
-        lengths,
+        documents.lengths,
         seed=recipe.train.seed,
         epoch=epoch,
         rows_per_batch=recipe.train.per_device_train_batch_size,
         batches_per_step=recipe.train.gradient_accumulation_steps,
         pack_tokens=recipe.data.max_length if recipe.data.packing else None,
+        weights=None if (documents.weight == 1).all() else documents.weight.tolist(),
     )
 
 
 def run_steps(
     recipe: Recipe,
-    documents: Sequence[Rendered],
+    documents: Documents,
+    plan: Plan,
     model: torch.nn.Module,
     optimizer: Any,
     accelerator: Any,
@@ -88,24 +120,22 @@ def run_steps(
     Raises:
         NumericError: NaN or infinity in loss or gradient; the weights are those before the step.
     """
-    lengths = [len(document.ids) for document in documents]
-    plan = plan_run(recipe, lengths)
-    epoch, steps = -1, []
+    epoch, steps = 0, list(plan.first_epoch)
     n_skipped = 0
     for step in range(first_step, plan.total_steps + 1):
         if should_stop():
             return
         started = time.perf_counter()
-        if (step - 1) // plan.steps_per_epoch != epoch:
-            epoch = (step - 1) // plan.steps_per_epoch
-            steps = plan_steps(recipe, lengths, epoch=epoch)
-        batches = [build_batch([documents[i] for i in group]) for group in steps[(step - 1) % len(steps)]]
+        now, index = plan.locate(step)
+        if now != epoch:
+            epoch, steps = now, plan_steps(recipe, documents, epoch=now)
+        batches = [build_batch([documents[i] for i in group]) for group in steps[index]]
         seed_step(recipe.train.seed, step)
         loss, grad_norm = accumulate_gradients(model, batches, accelerator, recipe.train.max_grad_norm)
         lr = compute_lr(recipe.train, step, plan.total_steps)
         result = StepResult(
             step=step,
-            epoch=step / plan.steps_per_epoch,
+            epoch=epoch + (index + 1) / len(steps),
             loss=loss,
             grad_norm=grad_norm,
             lr=lr,

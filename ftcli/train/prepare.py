@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ftcli.data.chat import ChatRenderer
-from ftcli.data.loader import DataSplit, load_split
-from ftcli.data.source import hash_files
+from ftcli.data.check import check_findings, describe_loss, list_row_findings, list_template_findings
+from ftcli.data.limits import ModelLimits, read_limits
+from ftcli.data.loader import DataSplit, Reading, load_split
 from ftcli.data.tokenizer import NewTokens, add_tokens, hash_template, hash_tokenizer, load_tokenizer
 from ftcli.errors import ContentError, UsageError
-from ftcli.events import Notice, OnEvent, Stage, ignore_event
+from ftcli.events import Notice, OnEvent, Progress, Stage, ignore_event
 from ftcli.model.base import build_skeleton, choose_device, count_embedding_rows
 from ftcli.model.build import check_names, find_adapter
 from ftcli.recipe import LoadedRecipe, Recipe
@@ -21,6 +23,8 @@ from ftcli.store.run import RunFolder, read_manifest
 from ftcli.store.target import ModelFiles, find_model, fingerprint_model
 from ftcli.train.loop import Plan, plan_run
 from ftcli.train.optim import plan_warmup
+
+_TOLD_ELSEWHERE = ("no-target", "typed-special", "history")
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,20 @@ class Prepared:
         return hashlib.sha256(json.dumps([recipe, inputs], sort_keys=True).encode()).hexdigest()
 
 
-def prepare_run(loaded: LoadedRecipe, on_event: OnEvent = ignore_event, *, revision: str | None = None) -> Prepared:
+def prepare_run(
+    loaded: LoadedRecipe,
+    on_event: OnEvent = ignore_event,
+    *,
+    revision: str | None = None,
+    template_date: str | None = None,
+) -> Prepared:
     """The run that a recipe describes: files found, names checked, rows rendered, steps counted.
 
     Args:
         loaded: the recipe.
         on_event: told of stages, and of rows that are not trained on as they were written.
         revision: of the base on the Hub, instead of the newest one.
+        template_date: what a template that writes the date is told (ISO 8601), instead of today.
 
     Raises:
         FtcliError: anything wrong with recipe, model or data; nothing was written.
@@ -77,40 +88,48 @@ def prepare_run(loaded: LoadedRecipe, on_event: OnEvent = ignore_event, *, revis
     if recipe.peft and recipe.peft.adapter:
         check_parent(find_adapter(recipe.peft.adapter), tokenizer, fingerprint)
     new_tokens = add_tokens(tokenizer, recipe.tokenizer.add_tokens)
-    renderer = ChatRenderer(tokenizer, recipe.tokenizer.chat_template_kwargs)
+    date = datetime.fromisoformat(template_date) if template_date else None
+    renderer = ChatRenderer(tokenizer, recipe.tokenizer.chat_template_kwargs, date=date)
     on_event(Stage("data", ", ".join(Path(section.path).name for section in recipe.datasets)))
-    held_out = recipe.eval.datasets if recipe.eval else ()
-    split = load_split(recipe.datasets, recipe.data, held_out, renderer, seed=recipe.train.seed)
-    for part in (split.train, *split.held_out):
-        for sentence in part.report.describe_losses():
-            on_event(Notice(f"{part.name}: {sentence}"))
-    check_vocabulary(split, max(count_embedding_rows(skeleton), *(token + 1 for token in (*new_tokens, 0))))
-    plan = plan_run(recipe, [len(document.ids) for document in split.train.documents])
+    n_rows = max(count_embedding_rows(skeleton), *(token + 1 for token in (*new_tokens, 0)))
+    limits = read_limits(files, embedding_rows=n_rows)
+    split = load_data(recipe, renderer, limits, on_event)
+    plan = plan_run(recipe, split.train.documents)
     if plan_warmup(recipe.train, plan.total_steps) >= plan.total_steps:
         on_event(Notice(f"the warm-up takes all {plan.total_steps} steps: the peak learning rate is never reached"))
     inputs = {
         "base": base,
         "tokenizer_sha256": hash_tokenizer(tokenizer),
         "template_sha256": hash_template(tokenizer),
-        "data_sha256": hash_files(split.files),
+        "data_sha256": split.sha256,
+        "template_date": renderer.template.date.isoformat() if renderer.template.is_dated else None,
     }
     return Prepared(loaded, files, renderer, split, plan, new_tokens, inputs)
 
 
-def check_vocabulary(split: DataSplit, n_rows: int) -> None:
-    """None if the embedding has a row for every token of the data.
+def load_data(recipe: Recipe, renderer: ChatRenderer, limits: ModelLimits, on_event: OnEvent) -> DataSplit:
+    """The documents of a run, checked.
 
     Raises:
-        ContentError: naming a token that the model has never had.
+        ContentError: rows, tokenizer or template are not fit to be trained on.
     """
-    for document in (document for part in (split.train, *split.held_out) for document in part.documents):
-        if (largest := max(document.ids)) >= n_rows:
-            raise ContentError(
-                f"holds the token {largest}, but the model's embedding has {n_rows} rows",
-                where=f"{document.file}:{document.line}",
-                why="this tokenizer is not the one of this model",
-                hint="put the model's own tokenizer beside it, or name new tokens in tokenizer.add_tokens",
-            )
+    is_chosen = recipe.tokenizer.chat_template != "auto"
+    findings = list_template_findings(renderer, limits, is_chosen=is_chosen, max_length=recipe.data.max_length)
+    has_chats = any(section.type != "text" for section in recipe.datasets)
+    check_findings(findings if has_chats and renderer.template.source else [f for f in findings if f.code == "context"])
+    reading = Reading(renderer, on_progress=lambda done, total: on_event(Progress("data", done, total)))
+    held_out = recipe.eval.datasets if recipe.eval else ()
+    split = load_split(recipe.datasets, recipe.data, held_out, reading, seed=recipe.train.seed)
+    sets = (split.train, *split.held_out)
+    findings += list_row_findings([(part.name, part.table, part.rows) for part in sets], renderer, limits)
+    check_findings(findings)
+    for sentence in (*split.notices, *(sentence for part in sets for sentence in describe_loss(part))):
+        on_event(Notice(sentence))
+    for finding in findings:
+        if finding.code not in _TOLD_ELSEWHERE:
+            place = f" ({finding.places[0]})" if finding.places else ""
+            on_event(Notice(f"{finding.what}{place}"))
+    return split
 
 
 def check_inputs_outside(recipe: Recipe, output: Path) -> None:

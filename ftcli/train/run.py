@@ -51,7 +51,7 @@ def train(
         raise UsageError("--resume, --resume-from and --overwrite exclude each other")
     loaded = load_recipe(recipe_path, overrides=overrides)
     run = RunFolder(Path(loaded.recipe.output_dir))
-    checkpoint, revision = None, loaded.recipe.model.revision
+    checkpoint, revision, template_date = None, loaded.recipe.model.revision, None
     if resume or resume_from:
         check_same_recipe(run, loaded)
         manifest = read_manifest(run)
@@ -60,10 +60,11 @@ def train(
             return run
         checkpoint = _choose_checkpoint(run, resume_from, on_event)
         revision = revision or manifest["base"]["revision"]
+        template_date = manifest.get("template_date")
     else:
         check_vacant(run, overwrite=overwrite)
         check_inputs_outside(loaded.recipe, run.path)
-    prepared = prepare_run(loaded, on_event, revision=revision)
+    prepared = prepare_run(loaded, on_event, revision=revision, template_date=template_date)
     words = ["ftcli", "train", str(recipe_path), *(f"--set={text}" for text in overrides), "--resume"]
     with locked(run), StopRequest() as stop:
         if checkpoint is None:

@@ -11,9 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ftcli.data.batch import IGNORE_LABEL, build_batch
 from ftcli.data.chat import ChatRenderer, Rendered
-from ftcli.data.loader import IGNORE_LABEL, build_batch, load_split, plan_epoch, split_rows
+from ftcli.data.documents import RowTable, build_table
+from ftcli.data.loader import Reading, load_split, split_rows
 from ftcli.data.message import Example, Message
+from ftcli.data.plan import choose_documents, plan_epoch
 from ftcli.errors import ContentError
 from ftcli.recipe import DataSection, DatasetSection
 
@@ -62,24 +65,40 @@ def test_epochs_and_seeds_differ_in_order() -> None:
     assert len(orders) == 4
 
 
-def make_rows(n: int, same: int = 0) -> list[tuple[Example, str]]:
+def make_table(tokenizer: Any, n: int, same: int = 0) -> RowTable:
     texts = [f"row {i}" for i in range(n)] + ["again"] * same
-    return [(Example((Message("user", t), Message("assistant", t)), None, None, "f", i), "all") for i, t in
-            enumerate(texts, 1)]  # fmt: skip
+    examples = [
+        Example((Message("user", text), Message("assistant", text)), None, None, "f", line)
+        for line, text in enumerate(texts, 1)
+    ]
+    return build_table(examples, ChatRenderer(tokenizer), "all")
 
 
-def test_a_split_keeps_equal_rows_on_one_side() -> None:
-    rows = make_rows(200, same=40)
-    train, held_out = split_rows(rows, 0.25, seed=1)
-    assert len(train) + len(held_out) == 240
-    texts = [{e.messages[0].content for e, _ in side} for side in (train, held_out)]
-    assert not texts[0] & texts[1]
-    assert len(texts[1]) == round(0.25 * 201)
-    assert split_rows(rows, 0.25, seed=1) == (train, held_out)
-    assert split_rows(rows, 0.25, seed=2) != (train, held_out)
-    assert len(split_rows(make_rows(30), 7, seed=1)[1]) == 7
+def test_a_split_keeps_equal_rows_on_one_side(tiny_tokenizer: Any) -> None:
+    table = make_table(tiny_tokenizer, 200, same=40)
+    held_out = split_rows(table, 0.25, seed=1)
+    assert not set(table.key[held_out].tolist()) & set(table.key[~held_out].tolist())
+    assert len(set(table.key[held_out].tolist())) == round(0.25 * 201)
+    assert (split_rows(table, 0.25, seed=1) == held_out).all()
+    assert not (split_rows(table, 0.25, seed=2) == held_out).all()
+    assert split_rows(make_table(tiny_tokenizer, 30), 7, seed=1).sum() == 7
     with pytest.raises(ContentError, match="leaves one side empty"):
-        split_rows(make_rows(3), 3, seed=1)
+        split_rows(make_table(tiny_tokenizer, 3), 3, seed=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([0.3, 0.5, 1.0, 2.0, 2.5]), min_size=1, max_size=40), st.integers(1, 6))
+def test_weights_say_how_often_a_document_is_seen(weights: list[float], n_epochs: int) -> None:
+    seen = [0] * len(weights)
+    for epoch in range(n_epochs):
+        chosen = choose_documents(weights, seed=1, epoch=epoch)
+        assert chosen == choose_documents(weights, seed=1, epoch=epoch)
+        for index in chosen:
+            seen[index] += 1
+    for weight in set(weights):
+        group = [count for count, other in zip(seen, weights, strict=True) if other == weight]
+        assert max(group) - min(group) <= 1
+        assert sum(group) == n_epochs * max(1, round(weight * len(group)))
 
 
 @pytest.fixture
@@ -94,7 +113,7 @@ def split_long_rows(tmp_path: Path, tiny_tokenizer: Any) -> Any:
     def split(overflow: str) -> Any:
         sections = (DatasetSection(path=str(path)),)
         data = DataSection(max_length=32, overflow=overflow)
-        return load_split(sections, data, (), ChatRenderer(tiny_tokenizer), seed=1).train
+        return load_split(sections, data, (), Reading(ChatRenderer(tiny_tokenizer)), seed=1).train
 
     return split
 

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftcli.data.message import FORMATS, Example, Message, detect_format, read_example, read_examples
+from ftcli.data.example import read_examples
+from ftcli.data.message import FORMATS, Example, Message, detect_format, read_example
 from ftcli.data.source import Row
-from ftcli.errors import ContentError, UsageError
+from ftcli.errors import ContentError, Problem, UsageError
 
 ASSETS = Path(os.environ.get("FTCLI_TEST_ASSETS", Path(__file__).parents[3] / "shared" / "assets"))
 
@@ -80,7 +81,7 @@ def test_texts_are_kept_to_the_last_blank(question: str, answer: str) -> None:
 
 
 def test_a_text_row_is_its_text() -> None:
-    assert read({"text": " raw\n"}) == Example((), " raw\n", None, "train.jsonl", 12)
+    assert read({"text": " raw\n"}) == Example((), " raw\n", None, "train.jsonl", 12, "text")
 
 
 def test_other_columns_and_nulls_do_not_disturb_detection() -> None:
@@ -197,12 +198,12 @@ def test_a_message_that_does_not_fit_is_named_by_its_field(messages: Any, what: 
 @pytest.mark.parametrize(
     ("role", "hint"),
     [
-        ("human", "did you mean user? human is what ShareGPT says; the row looks like that"),
-        ("gpt", "did you mean assistant? gpt is what ShareGPT says; the row looks like that"),
-        ("bot", "did you mean assistant?"),
-        ("asistant", "did you mean assistant?"),
-        ("USER", "did you mean user?"),
-        ("narrator of tales", ""),
+        ("human", "did you mean user? set roles: {human: user}"),
+        ("gpt", "did you mean assistant? set roles: {gpt: assistant}"),
+        ("bot", "did you mean assistant? set roles: {bot: assistant}"),
+        ("asistant", "did you mean assistant? set roles: {asistant: assistant}"),
+        ("USER", "did you mean user? set roles: {USER: user}"),
+        ("narrator of tales", "set roles: {narrator of tales: ROLE}"),
     ],
 )
 def test_an_unknown_role_is_refused_with_a_suggestion(role: str, hint: str) -> None:
@@ -211,13 +212,13 @@ def test_an_unknown_role_is_refused_with_a_suggestion(role: str, hint: str) -> N
     assert error.hint == hint
 
 
-def test_turns_under_the_other_format_s_key_say_which_key_to_rename() -> None:
+def test_turns_under_the_other_format_s_key_say_which_column_to_set() -> None:
     error = refuse({"messages": [{"from": "human", "value": "hi"}]})
     assert error.what == "messages[0]: from and value where role and content belong"
-    assert error.hint == "the row looks like ShareGPT: rename messages to conversations"
+    assert error.hint == "the row looks like ShareGPT: set columns: {conversations: messages}"
     error = refuse({"conversations": [USER, ASSISTANT]})
     assert error.what == "conversations[0]: role and content where from and value belong"
-    assert error.hint == "rename conversations to messages"
+    assert error.hint == "set columns: {messages: conversations}"
 
 
 def test_without_an_assistant_if_asked_for() -> None:
@@ -272,8 +273,8 @@ def test_a_broken_function_call_is_named_by_its_field(value: str, what: str) -> 
         (
             [{"from": "bot", "value": "x"}],
             "conversations[0].from: unknown speaker 'bot'; the speakers are human, user, gpt, assistant, "
-            "chatgpt, bing, bard, model, function_call, system, tool, observation",
-            "did you mean assistant?",
+            "chatgpt, bing, bard, model, function_call, system, tool, observation, developer, function, ipython",
+            "did you mean assistant? set roles: {bot: assistant}",
         ),
     ],
 )
@@ -392,7 +393,8 @@ def test_a_row_of_no_known_format_names_its_keys_and_what_each_format_needs() ->
         "  sharegpt needs conversations\n"
         "  alpaca needs instruction and output\n"
         "  prompt_completion needs prompt and completion\n"
-        "  text needs text"
+        "  text needs text\n"
+        "hint: say which column is which, such as columns: {prompt: question, completion: answer}"
     )
     assert refuse({}).what == "no known format has the keys (none)"
 
@@ -425,6 +427,65 @@ def test_more_than_ten_bad_rows_are_counted(tmp_path: Path) -> None:
         read_examples(write(tmp_path, *[{"messages": [USER]}] * 12))
     assert str(caught.value).count("no assistant turn: nothing to learn") == 10
     assert str(caught.value).endswith("\n  and 2 more")
+
+
+def test_a_turn_of_two_keys_and_one_of_more_read_alike() -> None:
+    plain = read({"messages": [USER, ASSISTANT]})
+    assert read({"messages": [USER | {"name": None}, ASSISTANT | {"train": None}]}) == plain
+
+
+def test_tables_hold_messages_as_json_text() -> None:
+    for key, turns in (("messages", [USER, ASSISTANT]), ("conversations", [{"from": "gpt", "value": "[x"}])):
+        assert read({key: json.dumps(turns)}) == read({key: turns})
+    assert refuse({"messages": "hi"}).what == "messages: a string where a list of messages belongs"
+    assert refuse({"messages": '[{"role": '}).what == "messages: broken JSON: expecting value"
+    assert read({"prompt": "[1]", "completion": "[2]"}).messages == (
+        Message("user", "[1]"),
+        Message("assistant", "[2]"),
+    )
+
+
+def test_columns_put_the_file_s_names_for_the_format_s_keys(tmp_path: Path) -> None:
+    row = {"question": "q", "answer": "a", "output": "not this"}
+    (example,) = read_examples(write(tmp_path, row), columns={"instruction": "question", "output": "answer"})
+    assert (example.format, [message.content for message in example.messages]) == ("alpaca", ["q", "a"])
+    swapped = {"instruction": "a", "output": "q"}
+    (example,) = read_examples(write(tmp_path, swapped), columns={"instruction": "output", "output": "instruction"})
+    assert [message.content for message in example.messages] == ["q", "a"]
+
+
+def test_a_column_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
+    path = write(tmp_path, {"dialog": [USER, ASSISTANT], "id": 1})
+    with pytest.raises(ContentError) as caught:
+        read_examples(path, columns={"messages": "dialogue"})
+    assert str(caught.value) == f"{path}:1: no column dialogue (its columns: dialog, id)\nhint: did you mean dialog?"
+
+
+def test_roles_put_ours_for_the_file_s_words(tmp_path: Path) -> None:
+    roles = {"bot": "assistant", "customer": "user", "boss": "developer"}
+    said = [("boss", "be kind"), ("customer", "hi"), ("bot", "hello")]
+    turns = {"messages": [{"role": word, "content": text} for word, text in said]}
+    spoken = {"conversations": [{"from": word, "value": text} for word, text in said]}
+    expected = (Message("developer", "be kind"), Message("user", "hi"), Message("assistant", "hello"))
+    for row in (turns, spoken):
+        assert read_examples(write(tmp_path, row), roles=roles)[0].messages == expected
+
+
+@pytest.mark.parametrize("mappings", [{"columns": {"mesages": "x"}}, {"roles": {"bot": "asistant"}}])
+def test_mappings_to_what_no_format_knows_are_refused(tmp_path: Path, mappings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"known are|no role") as caught:
+        read_examples(write(tmp_path, {"text": "x"}), **mappings)
+    assert caught.value.hint.startswith("did you mean")
+
+
+def test_rows_that_do_not_fit_are_skipped_and_kept_if_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path, {"messages": [USER]}, {"messages": [USER, ASSISTANT]}, {"text": "x"})
+    path.write_text(path.read_text() + "{\n")
+    skipped: list[Problem] = []
+    assert [example.line for example in read_examples(path, skipped=skipped)] == [2]
+    assert sorted(problem.where.removeprefix(str(path))[:2] for problem in skipped) == [":1", ":3", ":4"]
+    with pytest.raises(ContentError):
+        read_examples(write(tmp_path, {"messages": [USER]}), skipped=[])
 
 
 def test_a_file_without_assistants_if_asked_for(tmp_path: Path) -> None:

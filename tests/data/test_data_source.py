@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftcli.data.source import JsonError, Row, hash_files, parse_json, read_rows
-from ftcli.errors import ContentError, DiskError, FtcliError, UsageError
+from ftcli.data.json_text import JsonError, parse_json
+from ftcli.data.source import Row, Source, find_sources, hash_sources, read_rows
+from ftcli.errors import ContentError, DiskError, FtcliError, Problem, UsageError
 
 JSON_VALUES = st.recursive(
     st.none()
@@ -153,6 +155,12 @@ def test_no_bytes_escape_as_another_kind_of_error(tmp_path_factory: pytest.TempP
         (f'{{"a": {"9" * 5000}}}', "train.jsonl:1: an integer has too many digits to be read"),
         (f'{{"a": {"[" * 200_000}', "train.jsonl:1: nested too deeply to be read"),
         (f'{{"a": {"[" * 200_000}{"]" * 200_000}}}', "train.jsonl:1: nested too deeply to be read"),
+        (f'{{"a": {"[" * 201}{"]" * 201}}}', "train.jsonl:1: nested more than 200 levels deep"),
+        (
+            '{"a": "b\tc"}',
+            "train.jsonl:1:9: broken JSON: a control character inside a string\n"
+            "hint: a newline is written \\n, a tab \\t",
+        ),
         (
             '{"a": 1}\n[1]\n"b"\n3\nnull\ntrue\n',
             "train.jsonl:2: an array where an object belongs\n"
@@ -211,7 +219,10 @@ def test_other_kinds_of_file_are_named(tmp_path: Path, content: bytes, name: str
     assert say(tmp_path, content).startswith(f"train.jsonl: not UTF-8 text: the file is {name}")
 
 
-ARRAY = "train.jsonl:1: this is a JSON array; write one object per line\nhint: jq -c '.[]' train.jsonl > rows.jsonl"
+ARRAY = (
+    "train.jsonl:1: this is a JSON array; write one object per line\n"
+    "hint: name the file .json, or jq -c '.[]' train.jsonl > rows.jsonl"
+)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +262,7 @@ def test_ten_bad_lines_leave_nothing_uncounted(tmp_path: Path) -> None:
     assert "more" not in say(tmp_path, '{"a": 1, "a": 2}\n' * 10)
 
 
-@pytest.mark.parametrize("call", [read_rows, lambda path: hash_files([path])], ids=["rows", "hash"])
+@pytest.mark.parametrize("call", [read_rows, lambda path: find_sources(str(path))], ids=["rows", "sources"])
 def test_a_missing_file_suggests_its_neighbour(tmp_path: Path, call: Any) -> None:
     write(tmp_path, "{}")
     with pytest.raises(UsageError) as caught:
@@ -266,21 +277,85 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     assert caught.value.hint == f"there is no folder {tmp_path}/dta"
 
 
-def test_a_directory_lists_what_it_holds(tmp_path: Path) -> None:
-    write(tmp_path, "{}")
-    with pytest.raises(UsageError) as caught:
-        read_rows(tmp_path)
-    assert str(caught.value) == (
-        f"{tmp_path}: a directory, not a .jsonl file\nhint: the .jsonl files of {tmp_path}: train.jsonl"
-    )
+def test_a_folder_and_a_pattern_are_all_their_files_by_name(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.json", "sub/c.CSV", ".hidden.jsonl", "README.md", "dataset_info.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path, "{}", name)
+    found = [source.name for source in find_sources(str(tmp_path))]
+    assert found == [f"{tmp_path}/{name}" for name in ("a.json", "b.jsonl", "sub/c.CSV")]
+    assert [source.name for source in find_sources(f"{tmp_path}/*.jsonl")] == [f"{tmp_path}/b.jsonl"]
+    assert len(find_sources(f"{tmp_path}/**/*.[cC][sS][vV]")) == 1
+    assert find_sources("org/name", config="small", split="test") == [Source("org/name", None, "small", "test")]
 
 
-@pytest.mark.parametrize("name", ["train.json", "train.csv", "train.parquet", "train.jsonl.gz"])
+@pytest.mark.parametrize("reference", ["{}/none*.jsonl", "{}/empty", "{}/rows.xlsx/x.jsonl"])
+def test_what_holds_no_file_is_an_error(tmp_path: Path, reference: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError):
+        find_sources(reference.format(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["train.txt", "train.xlsx", "train.jsonl.gz"])
 def test_other_endings_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError) as caught:
         read_rows(write(tmp_path, "{}", name))
     ending = name[name.rindex(".") :]
-    assert caught.value.what == f"only .jsonl is read for now, not {ending}"
+    assert caught.value.what.startswith(f"{ending} is not read; these are: .jsonl")
+    assert caught.value.hint
+    with pytest.raises(UsageError, match="is not read"):
+        find_sources(str(tmp_path / name))
+    with pytest.raises(UsageError, match="is not read"):
+        find_sources(f"{tmp_path}/tr*")
+
+
+def test_bad_lines_are_skipped_and_kept_where_that_is_asked(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"a": 1}\n{"a": \n[1]\n{"b": 2}\n')
+    skipped: list[Problem] = []
+    assert [row.line for row in read_rows(path, skipped)] == [1, 4]
+    assert [problem.where for problem in skipped] == [f"{path}:2:7", f"{path}:3"]
+    with pytest.raises(ContentError):
+        read_rows(write(tmp_path, "[1]\n", "b.jsonl"), [])
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UsageError, match="a pipe, not a regular file"):
+        read_rows(tmp_path / "pipe.jsonl")
+    with pytest.raises(UsageError, match="a pipe, not a regular file"):
+        find_sources(str(tmp_path / "pipe.jsonl"))  # before anything opens it to hash it
+    with pytest.raises(UsageError, match="no rows: a device"):
+        read_rows(Path("/dev/null"))
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    with pytest.raises(UsageError, match="a link to nothing"):
+        find_sources(str(tmp_path / "loop.jsonl"))
+
+
+def test_links_to_folders_do_not_multiply_files(tmp_path: Path) -> None:
+    path = write(tmp_path, "{}")
+    (tmp_path / "circle").symlink_to(".")
+    assert [source.path for source in find_sources(f"{tmp_path}/**/*.jsonl")] == [path]
+    assert [source.path for source in find_sources(str(tmp_path))] == [path]
+
+
+@pytest.mark.parametrize("reference", ["json", "csv", "train", "x.txt", "data/x.jsonl.gz", "./train"])
+def test_what_is_no_hub_id_never_reaches_the_hub(reference: str) -> None:
+    with pytest.raises(UsageError):  # to datasets, a bare json means the files of the working folder
+        find_sources(reference)
+
+
+def test_a_folder_that_may_not_be_looked_at_is_a_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(DiskError, match="Permission denied"):
+        find_sources(str(tmp_path / "train.jsonl"))
+
+
+def test_a_line_of_30_megabytes_is_read(tmp_path: Path) -> None:
+    text = "x" * 30_000_000
+    (row,) = read_rows(write(tmp_path, json.dumps({"text": text})))
+    assert row.value["text"] == text
 
 
 def test_a_file_that_may_not_be_read_is_a_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,8 +374,9 @@ def test_a_file_that_may_not_be_read_is_a_disk_error(tmp_path: Path, monkeypatch
 
 def test_the_hash_is_that_of_the_bytes_in_their_order(tmp_path: Path) -> None:
     first, second = write(tmp_path, "{}\n", "a.jsonl"), write(tmp_path, '{"b": 1}\n', "b.jsonl")
-    assert hash_files([first, second]) == hashlib.sha256(b'{}\n{"b": 1}\n').hexdigest()
-    assert hash_files([second, first]) != hash_files([first, second])
+    sources = [Source("a", first), Source("b", second)]
+    assert hash_sources(sources) == hashlib.sha256(b'{}\n{"b": 1}\n').hexdigest()
+    assert hash_sources(sources[::-1]) != hash_sources(sources)
 
 
 @given(st.text(max_size=60))

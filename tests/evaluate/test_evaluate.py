@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import build_model
 
+from ftcli.data.batch import build_batch
 from ftcli.data.chat import ChatRenderer, Rendered
-from ftcli.data.loader import build_batch
 from ftcli.data.message import Example, Message
 from ftcli.evaluate.generate import Sampling, generate_texts, score_examples
 from ftcli.evaluate.loss import compute_loss_sum, compute_mean_loss

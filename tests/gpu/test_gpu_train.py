@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from ftcli.data.batch import build_batch
 from ftcli.data.chat import ChatRenderer
-from ftcli.data.loader import build_batch
-from ftcli.data.message import read_examples
+from ftcli.data.example import read_examples
 from ftcli.data.tokenizer import load_tokenizer
 from ftcli.errors import Interrupted, MemoryExhausted
 from ftcli.evaluate.loss import compute_loss_sum

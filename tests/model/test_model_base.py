@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import build_model, save_model
 
+from ftcli.data.batch import build_batch
 from ftcli.data.chat import Rendered
-from ftcli.data.loader import build_batch
 from ftcli.errors import ContentError, UsageError
 from ftcli.evaluate.loss import compute_loss_sum
 from ftcli.model.attention import check_documents_apart

@@ -109,8 +109,11 @@ BROKEN = {
         ["3:29: peft.layers_to_transform: the range 9-3 is empty; write 3-9"],
     ),
     "template by name": (
-        "tokenizer: {chat_template: llama3}",
-        ['3:28: tokenizer.chat_template: expected auto or a path to a .jinja file, got "llama3"'],
+        "tokenizer: {chat_template: llama4}",
+        [
+            "3:28: tokenizer.chat_template: expected auto, llama3, chatml, mistral, or a path to a .jinja file, "
+            'got "llama4"'
+        ],
     ),
     "empty text": ("output_dir: ''", ["3:13: output_dir: must not be empty"]),
     "empty section": ("data:", ["3:6: data: expected a section, got nothing; leave the key out for its defaults"]),

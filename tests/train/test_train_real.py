@@ -50,7 +50,7 @@ def test_first_loss_and_adapter_with_transformers_and_peft_alone(tmp_path: Path)
     )
     prepared = prepare_run(load_recipe(RECIPE, overrides=overrides))
     documents = prepared.split.train.documents
-    (group,) = plan_steps(prepared.recipe, [len(d.ids) for d in documents], epoch=0)[0]
+    (group,) = plan_steps(prepared.recipe, documents, epoch=0)[0]
     total, n_targets = 0.0, 0
     with torch.no_grad():
         for index in group:

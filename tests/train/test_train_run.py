@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from ftcli.data.batch import build_batch
 from ftcli.data.chat import ChatRenderer
-from ftcli.data.loader import build_batch
-from ftcli.data.message import read_examples
+from ftcli.data.example import read_examples
+from ftcli.data.plan import plan_epoch
 from ftcli.errors import ContentError, DiskError, Interrupted, NumericError, UsageError
 from ftcli.evaluate.loss import compute_loss_sum
 from ftcli.events import EvalDone, StepDone
 from ftcli.jobs.chat import load_chat_model
 from ftcli.recipe import load_recipe
 from ftcli.store.run import RunFolder, locked, read_lines, read_manifest
-from ftcli.train.loop import plan_steps
 from ftcli.train.run import train
 
 
@@ -69,7 +69,15 @@ def test_first_loss_is_the_base_models_own(write_recipe: Any, tiny_model: Path) 
     renderer = ChatRenderer(tokenizer)
     documents = [renderer.render(e)[0] for e in read_examples(path.parent / "train.jsonl")]
     recipe = load_recipe(path).recipe
-    chosen = [i for group in plan_steps(recipe, [len(d.ids) for d in documents], epoch=0)[0] for i in group]
+    steps = plan_epoch(
+        [len(d.ids) for d in documents],
+        seed=recipe.train.seed,
+        epoch=0,
+        rows_per_batch=2,
+        batches_per_step=2,
+        pack_tokens=None,
+    )
+    chosen = [i for group in steps[0] for i in group]
     total, n_targets = 0.0, 0
     for index in chosen:
         ids = torch.tensor([documents[index].ids])

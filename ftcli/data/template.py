@@ -1,0 +1,153 @@
+"""The chat template: Jinja source → the text of a conversation, exactly as inference writes it.
+
+Compiled once, by transformers' own sandboxed environment, and given the variables that
+``tokenizer.apply_chat_template`` gives it. A template that asks for the date (``strftime_now``) gets one that
+the run has pinned, so that a resumed run sees the same text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime, time
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ftcli.errors import ContentError, UsageError
+from ftcli.recipe import BUNDLED_TEMPLATES
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_NO_END = "the chat template writes no end-of-turn token after an answer"
+_PROBE = "ftcliprobe"
+# what only ever is a control token: <|eot_id|>, <｜User｜>, <start_of_turn>, [INST]
+_PIPED = re.compile(r"<[|｜][^|｜<>\s]{1,40}[|｜]>")
+_OTHER = re.compile(r"<(?:start|end)_of_turn>|\[/?[A-Z][A-Z_]{2,30}\]")
+
+
+class ChatTemplate:
+    """One chat template, ready to render.
+
+    Args:
+        source: the Jinja text; None where the tokenizer has none, and then rendering raises.
+        special_tokens: ``bos_token`` and the like, as the tokenizer names them.
+        variables: further variables of the template, such as ``enable_thinking``.
+        date: what ``strftime_now`` says; None is the beginning of today.
+    """
+
+    def __init__(
+        self,
+        source: str | None,
+        special_tokens: Mapping[str, Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        date: datetime | None = None,
+    ) -> None:
+        self.source = source
+        self.special_tokens = dict(special_tokens or {})
+        self.variables = dict(variables or {})
+        self.date = date or datetime.combine(datetime.now().date(), time())
+        self._known = {**self.special_tokens, **self.variables, "strftime_now": self.date.strftime}
+
+    @property
+    def is_dated(self) -> bool:
+        """Whether the text depends on the date."""
+        return "strftime_now" in (self.source or "")
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None, *, prompt: bool = False) -> str:
+        """The text of ``messages``; with ``prompt`` up to where an answer begins.
+
+        Raises:
+            ContentError: there is no template, or it refuses the messages (with its own words).
+        """
+        import jinja2
+
+        try:
+            text: str = self._compiled.render(
+                messages=_name_reasoning(messages),
+                tools=tools,
+                documents=None,
+                add_generation_prompt=prompt,
+                **self._known,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
+            raise ContentError(f"the chat template refuses the messages: {error}") from error
+        return text
+
+    @cached_property
+    def _compiled(self) -> Any:
+        if not self.source:
+            raise ContentError(
+                "the tokenizer has no chat template",
+                why="base models come without one, and ftcli never guesses",
+                hint=f"set tokenizer.chat_template to {', '.join(BUNDLED_TEMPLATES)} or a Jinja file, "
+                "or train on text rows",
+            )
+        import jinja2
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        try:
+            return _compile_jinja_template(self.source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            line = getattr(error, "lineno", None)
+            place = f" (line {line})" if line else ""
+            raise ContentError(f"the chat template is no valid Jinja: {error}{place}") from error
+
+    def find_turn_ends(self, added: re.Pattern[str]) -> tuple[str, ...]:
+        """The tokens (of those that ``added`` matches) after an answer: in a last turn, and before another turn.
+
+        Raises:
+            ContentError: there is none, so a model could never stop.
+        """
+        ask, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}
+        found = []
+        for messages in ([ask, answer], [ask, answer, ask]):
+            rest = self.render(messages).partition(_PROBE)[2].lstrip()
+            match = added.match(rest)
+            if match is None:
+                written = _PIPED.match(rest) or _OTHER.match(rest)
+                raise ContentError(
+                    _NO_END,
+                    why=f"it writes {written.group()}, which is no single token of this vocabulary"
+                    if written
+                    else "a model trained on it would never stop",
+                    hint="use a chat_template that ends each turn with one special token",
+                )
+            found.append(match.group())
+        return tuple(dict.fromkeys(found))
+
+    def list_control_tokens(self, *, strict: bool) -> list[str]:
+        """The control tokens that the source writes; with ``strict`` also those in brackets and words.
+
+        Older templates write ``[INST]`` as ordinary text on purpose, so only a piped one is surely a token.
+        """
+        source = re.sub(r"\{#.*?#\}", "", self.source or "", flags=re.DOTALL)
+        found = _PIPED.findall(source) + (_OTHER.findall(source) if strict else [])
+        return [token for token in dict.fromkeys(found) if "'" not in token and '"' not in token]
+
+
+def read_template(name: str) -> str:
+    """The Jinja source of a bundled template, or of a file.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    if name in BUNDLED_TEMPLATES:
+        return (files("ftcli.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8").removesuffix("\n")
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the chat template cannot be read: {error}", where=name) from error
+
+
+def _name_reasoning(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """``messages`` with an answer's reasoning under the names that templates read, whichever the row has."""
+    if not any(key in message for message in messages for key in _REASONING):
+        return messages
+    named = []
+    for message in messages:
+        reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+        if reasoning is not None:
+            message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        named.append(message)
+    return named
