@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from ftcli import __version__
-from ftcli.cli import chat, console, env, recipe, train
+from ftcli.cli import chat, console, env, recipe, tokenize, train
 from ftcli.errors import FtcliError, UsageError
 
 
@@ -60,6 +60,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune large language models from one recipe, and see what is learned.",
 )
+app.command("tokenize")(tokenize.tokenize)
 app.command("train")(train.train)
 app.command("chat")(chat.chat)
 app.add_typer(recipe.app, name="recipe")

@@ -9,7 +9,7 @@ import shutil
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -238,6 +238,34 @@ def _wrap(label: str, text: str) -> str:
         break_on_hyphens=False,
     )
     return "\n".join(lines)
+
+
+def show_lines(lines: Iterable[str]) -> None:
+    """Nothing; the lines are on stdout."""
+    for line in lines:
+        print_text(line)
+
+
+def show_document(command: str, document: Mapping[str, Any]) -> None:
+    """Nothing; the one document of ``--json`` is on stdout."""
+    print_json({"schema": SCHEMA, "command": command, **document})
+
+
+def show_sequences(sequences: Iterable[dict[str, Any]]) -> None:
+    """Nothing; each sequence is a line of JSON on stdout."""
+    for sequence in sequences:
+        print(json.dumps(sequence, ensure_ascii=False))
+    sys.stdout.flush()
+
+
+def measure_width() -> int:
+    """The columns of the terminal, or 80; never fewer than 60."""
+    return max(60, shutil.get_terminal_size((80, 24)).columns)
+
+
+def has_colour() -> bool:
+    """Whether stdout is a terminal whose user has nothing against colours."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 def show_recipe(loaded: LoadedRecipe, text: str, *, as_json: bool, quiet: bool) -> None:
