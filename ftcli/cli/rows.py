@@ -84,7 +84,7 @@ def _list_part(part: PartReport, width: int) -> Iterator[str]:
     if shown < len(part.files):
         yield " " * 11 + f"and {len(part.files) - shown} more files"
     share = part.n_target_tokens / max(1, part.n_tokens)
-    words = "" if part.tokens_per_word is None else f", {part.tokens_per_word:.2f} for each word"
+    words = "" if part.tokens_per_word is None else f"; the texts alone have {part.tokens_per_word:.2f} for each word"
     yield f"tokens     {part.n_tokens:,}{words}"
     yield f"trained    {part.n_target_tokens:,} ({share:.1%}), of which {part.n_stop_tokens:,} end a turn"
     ranks = "  ".join(f"{name} {value:,}" for name, value in part.percentiles.items())

@@ -12,6 +12,7 @@ like a special token stays text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -182,23 +183,36 @@ class ChatRenderer:
     def _find_span(self, text: str, messages: list[dict[str, Any]], tools: Any, index: int) -> Span:
         """Where turn ``index``, the last of ``text``, is trained: from its prompt's end through its end token."""
         start = self._find_start(text, messages, tools, index)
-        turn_ends = self.find_turn_ends()
-        for token in self.encoder.added.finditer(text, start):
+        closing = self._list_closing(text, start)
+        turn_ends, end_of_text = self.find_turn_ends(), self.tokenizer.eos_token
+        for token in closing:
             if token.group() in turn_ends:
                 return start, token.end()
-        # Another token ends this turn (after a tool call, say): the first of those that close the text.
-        border, first = len(text), None
-        for token in reversed(list(self.encoder.added.finditer(text, start))):
-            if text[token.end() : border].strip():
-                break
-            border, first = token.start(), token
-        if first is not None:
-            return start, first.end()
+        # Another token ends this turn (after a tool call, say): the last one, but for a final end of text.
+        special = [token for token in closing if self.encoder.special.fullmatch(token.group())] or closing[:1]
+        if len(special) > 1 and special[-1].group() == end_of_text:
+            del special[-1]
+        if special:
+            return start, special[-1].end()
         raise ContentError(
             f"the chat template writes no end-of-turn token after messages[{index}]",
             why="a model trained on it would never stop",
             hint="use a chat_template that ends each turn with one special token",
         )
+
+    def _list_closing(self, text: str, start: int) -> list[re.Match[str]]:
+        """The tokens from ``start`` on with nothing but blanks between them and after them: those that close ``text``.
+
+        A turn may hold more of the same further up (gpt-oss writes reasoning and answer as two messages).
+        """
+        border = len(text)
+        closing: list[re.Match[str]] = []
+        for token in reversed(list(self.encoder.added.finditer(text, start))):
+            if text[token.end() : border].strip():
+                break
+            border = token.start()
+            closing.insert(0, token)
+        return closing
 
     def _find_start(self, text: str, messages: list[dict[str, Any]], tools: Any, index: int) -> int:
         """Where turn ``index`` begins in ``text``: for an assistant's turn the end of the inference prompt."""

@@ -1,6 +1,6 @@
 """Rendered rows as flat arrays: one table for a data set, documents as windows into it.
 
-    rows        0      1   2          file, line, key, n_words, n_turns, traits, first_document
+    rows        0      1   2          file, line, key, n_words, n_text_tokens, n_turns, traits, first_document
                 │      │   │
     documents   0      1   2 3        a row has one, or one for each trained turn; first_token
                 │      │   │ │
@@ -28,6 +28,7 @@ from ftcli.errors import ContentError
 
 Ints = NDArray[Any]
 _BATCH_ROWS = 2048
+_SAMPLED_ROWS = 512
 _ROLE, _TURN = "\x1f", "\x1e"
 
 
@@ -44,9 +45,10 @@ class SourceFile:
 class RowTable:
     """The rows of one or more files with the documents that they became.
 
-    Shapes: R rows, D documents, N tokens. ``file``, ``line``, ``key``, ``n_words``, ``n_turns``, ``traits`` (R,);
-    ``first_document`` (R + 1,); ``first_token`` (D + 1,); ``ids``, ``mask`` (N,). ``key`` is a hash of the row's
-    content: equal rows have equal keys.
+    Shapes: R rows, D documents, N tokens. ``file``, ``line``, ``key``, ``n_words``, ``n_text_tokens``, ``n_turns``,
+    ``traits`` (R,); ``first_document`` (R + 1,); ``first_token`` (D + 1,); ``ids``, ``mask`` (N,). ``key`` is a hash
+    of the row's content: equal rows have equal keys. ``n_text_tokens`` counts the tokens of the row's texts alone,
+    without the template; it is measured on a sample of rows and -1 in the others.
     """
 
     files: tuple[SourceFile, ...]
@@ -54,6 +56,7 @@ class RowTable:
     line: Ints
     key: Ints
     n_words: Ints
+    n_text_tokens: Ints
     n_turns: Ints
     traits: Ints
     first_document: Ints
@@ -145,7 +148,7 @@ def build_table(
     """
     while True:
         n_notices = len(renderer.encoder.notices)
-        builder = _TableBuilder(renderer)
+        builder = _TableBuilder(renderer, sample_every=-(-len(examples) // _SAMPLED_ROWS))
         for first in range(0, len(examples), _BATCH_ROWS):
             batch = examples[first : first + _BATCH_ROWS]
             builder.add(renderer.render_rows(batch, train_on, n_expected=len(examples)))
@@ -205,8 +208,9 @@ class _TableBuilder:
     """Grows the arrays of a table batch by batch."""
 
     renderer: ChatRenderer
+    sample_every: int
     files: dict[str, tuple[int, SourceFile]] = field(default_factory=dict)
-    rows: list[tuple[int, int, int, int, int, int, int]] = field(default_factory=list)
+    rows: list[tuple[int, ...]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     ids: list[Ints] = field(default_factory=list)
     mask: list[Ints] = field(default_factory=list)
@@ -232,27 +236,34 @@ class _TableBuilder:
         index, known = self.files.get(example.file) or (len(self.files), SourceFile(example.file, example.format, 0))
         self.files[example.file] = index, replace(known, n_rows=known.n_rows + 1)
         texts = [example.text] if example.text is not None else [m.content or "" for m in example.messages]
+        is_sampled = len(self.rows) % self.sample_every == 0
         self.rows.append(
             (
                 index,
                 example.line,
                 hash_example(example),
                 sum(len(text.split()) for text in texts),
+                self._count_tokens(texts) if is_sampled else -1,
                 len(example.messages),
                 int(find_traits(rendered)),
                 len(rendered.documents),
             )
         )
 
+    def _count_tokens(self, texts: Sequence[str]) -> int:
+        backend = self.renderer.tokenizer.backend_tokenizer
+        return sum(len(encoding.ids) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+
     def finish(self) -> RowTable:
-        columns = list(zip(*self.rows, strict=True)) or [()] * 7
-        file, line, key, n_words, n_turns, traits, n_documents = columns
+        columns = list(zip(*self.rows, strict=True)) or [()] * 8
+        file, line, key, n_words, n_text_tokens, n_turns, traits, n_documents = columns
         return RowTable(
             files=tuple(file for _, file in self.files.values()),
             file=np.array(file, dtype=np.int32),
             line=np.array(line, dtype=np.int64),
             key=np.array(key, dtype=np.uint64),
             n_words=np.array(n_words, dtype=np.int32),
+            n_text_tokens=np.array(n_text_tokens, dtype=np.int32),
             n_turns=np.array(n_turns, dtype=np.int32),
             traits=np.array(traits, dtype=np.int32),
             first_document=_add_up(n_documents),

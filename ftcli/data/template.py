@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, time
 from functools import cached_property
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ftcli.recipe import BUNDLED_TEMPLATES
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _NO_END = "the chat template writes no end-of-turn token after an answer"
 _PROBE = "ftcliprobe"
+_CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {"a": _PROBE}}}
 # what only ever is a control token: <|eot_id|>, <｜User｜>, <start_of_turn>, [INST]
 _PIPED = re.compile(r"<[|｜][^|｜<>\s]{1,40}[|｜]>")
 _OTHER = re.compile(r"<(?:start|end)_of_turn>|\[/?[A-Z][A-Z_]{2,30}\]")
@@ -64,7 +66,7 @@ class ChatTemplate:
 
         try:
             text: str = self._compiled.render(
-                messages=_name_reasoning(messages),
+                messages=self._fill_content(_name_reasoning(messages)),
                 tools=tools,
                 documents=None,
                 add_generation_prompt=prompt,
@@ -73,6 +75,34 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
             raise ContentError(f"the chat template refuses the messages: {error}") from error
         return text
+
+    def _fill_content(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """``messages`` with an empty text where content is null, if this template does not know null."""
+        if all(message["content"] is not None for message in messages) or self._knows_null:
+            return messages
+        return [message if message["content"] is not None else {**message, "content": ""} for message in messages]
+
+    @cached_property
+    def _knows_null(self) -> bool:
+        """Whether null content does no harm: many templates stumble over it, or write ``None``.
+
+        A turn of tool calls has no content, and runtimes differ in what they hand to the template.
+        """
+        turns = ({"tool_calls": [_CALL]}, {"reasoning_content": _PROBE, "thinking": _PROBE})
+        self.__dict__["_knows_null"] = True  # while this is found out, null is handed on
+        for turn in turns:
+            asked = {"role": "user", "content": "a"}
+            try:
+                if "None" not in self.render([asked, {"role": "assistant", "content": None, **turn}]):
+                    continue
+            except ContentError:
+                pass
+            try:
+                self.render([asked, {"role": "assistant", "content": "", **turn}])
+            except ContentError:
+                continue  # it refuses such a turn whatever its content
+            return False
+        return True
 
     @cached_property
     def _compiled(self) -> Any:
@@ -94,27 +124,36 @@ class ChatTemplate:
             raise ContentError(f"the chat template is no valid Jinja: {error}{place}") from error
 
     def find_turn_ends(self, added: re.Pattern[str]) -> tuple[str, ...]:
-        """The tokens (of those that ``added`` matches) after an answer: in a last turn, and before another turn.
+        """The tokens (of those that ``added`` matches) that end an answer, and a turn of tool calls if another does.
 
         Raises:
-            ContentError: there is none, so a model could never stop.
+            ContentError: nothing ends an answer, so a model could never stop.
         """
         ask, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}
-        found = []
-        for messages in ([ask, answer], [ask, answer, ask]):
-            rest = self.render(messages).partition(_PROBE)[2].lstrip()
-            match = added.match(rest)
-            if match is None:
-                written = _PIPED.match(rest) or _OTHER.match(rest)
-                raise ContentError(
-                    _NO_END,
-                    why=f"it writes {written.group()}, which is no single token of this vocabulary"
-                    if written
-                    else "a model trained on it would never stop",
-                    hint="use a chat_template that ends each turn with one special token",
-                )
-            found.append(match.group())
-        return tuple(dict.fromkeys(found))
+        rest = self.render([ask, answer]).partition(_PROBE)[2].lstrip()
+        if added.match(rest) is None:
+            written = _PIPED.match(rest) or _OTHER.match(rest)
+            raise ContentError(
+                _NO_END,
+                why=f"it writes {written.group()}, which is no single token of this vocabulary"
+                if written
+                else "a model trained on it would never stop",
+                hint="use a chat_template that ends each turn with one special token",
+            )
+        # a turn's end stands there before another question too; an end of text may follow behind the last turn
+        last = _list_adjacent(added, rest)
+        inner = _list_adjacent(added, self._render_after([ask, answer, ask]))
+        common = [token for token, other in takewhile(lambda pair: pair[0] == pair[1], zip(last, inner, strict=False))]
+        end = (common or last[:1])[-1]
+        called = added.findall(self._render_after([ask, {"role": "assistant", "content": None, "tool_calls": [_CALL]}]))
+        return (end, *(called[-1:] if end not in called else ()))
+
+    def _render_after(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """What the template writes behind the probe in ``messages``; nothing where it refuses them."""
+        try:
+            return self.render(messages).rpartition(_PROBE)[2].lstrip()
+        except ContentError:
+            return ""
 
     def list_control_tokens(self, *, strict: bool) -> list[str]:
         """The control tokens that the source writes; with ``strict`` also those in brackets and words.
@@ -124,6 +163,16 @@ class ChatTemplate:
         source = re.sub(r"\{#.*?#\}", "", self.source or "", flags=re.DOTALL)
         found = _PIPED.findall(source) + (_OTHER.findall(source) if strict else [])
         return [token for token in dict.fromkeys(found) if "'" not in token and '"' not in token]
+
+
+def _list_adjacent(added: re.Pattern[str], text: str) -> list[str]:
+    """The tokens with which ``text`` begins, without a blank (some vocabularies have tokens for these) between them."""
+    tokens: list[str] = []
+    position = 0
+    while (match := added.match(text, position)) and match.group().strip():
+        tokens.append(match.group())
+        position = match.end()
+    return tokens
 
 
 def read_template(name: str) -> str:

@@ -89,7 +89,7 @@ def _write_part(part: PartReport) -> Iterator[str]:
     yield (
         f"<p>{part.n_rows:,} rows, {part.n_turns:,} turns, {part.n_documents:,} documents; {part.n_tokens:,} tokens, "
         f"{part.n_target_tokens:,} trained ({share:.1%}), of which {part.n_stop_tokens:,} end a turn"
-        + (f"; {part.tokens_per_word:.2f} tokens for each word" if part.tokens_per_word else "")
+        + (f"; the texts alone have {part.tokens_per_word:.2f} tokens for each word" if part.tokens_per_word else "")
         + "</p>"
     )
     files = ", ".join(f"{file['name']} ({file['n_rows']:,} {file['format']})" for file in part.files)

@@ -33,7 +33,10 @@ class Bin:
 
 @dataclass(frozen=True)
 class PartReport:
-    """One side of a run in numbers, before anything is cut."""
+    """One side of a run in numbers, before anything is cut.
+
+    ``tokens_per_word`` is of the rows' own texts, without what the template adds.
+    """
 
     name: str
     files: tuple[dict[str, Any], ...]
@@ -184,7 +187,6 @@ def _render_sample(template: ChatTemplate) -> str:
 def _report_part(part: Part, stop_ids: Sequence[int]) -> PartReport:
     table, documents = part.table, part.select()
     lengths = documents.end - documents.begin
-    n_words, n_tokens = int(table.n_words[part.rows].sum()), int(lengths.sum())
     ranks = {f"p{share}": int(np.percentile(lengths, share, method="higher")) for share in _PERCENTILES}
     counts = np.bincount(table.file[part.rows], minlength=len(table.files))
     return PartReport(
@@ -195,17 +197,25 @@ def _report_part(part: Part, stop_ids: Sequence[int]) -> PartReport:
         ),
         n_rows=int(part.rows.sum()),
         n_turns=int(table.n_turns[part.rows].sum()),
-        n_words=n_words,
+        n_words=int(table.n_words[part.rows].sum()),
         n_documents=len(documents),
-        n_tokens=n_tokens,
+        n_tokens=int(lengths.sum()),
         n_target_tokens=int(documents.count_targets().sum()),
         n_stop_tokens=count_stop_tokens(documents, stop_ids),
-        tokens_per_word=round(n_tokens / n_words, 3) if n_words else None,
+        tokens_per_word=_count_per_word(part),
         shortest=int(lengths.min()),
         longest=int(lengths.max()),
         percentiles=ranks,
         histogram=_count_bins(lengths),
     )
+
+
+def _count_per_word(part: Part) -> float | None:
+    """Tokens of the rows' own texts for each word in them, by the sample that was measured."""
+    table = part.table
+    sampled = part.rows & (table.n_text_tokens >= 0)
+    n_words = int(table.n_words[sampled].sum())
+    return round(int(table.n_text_tokens[sampled].sum()) / n_words, 3) if n_words else None
 
 
 def _count_bins(lengths: Any) -> tuple[Bin, ...]:
