@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ftcli.data.check import Finding
+    from ftcli.data.finding import Finding
     from ftcli.jobs.preview import DocumentView, RowView, TokenView
     from ftcli.jobs.report import LengthCost, PartReport, TokenizeReport
     from ftcli.jobs.text import TextReport
@@ -68,7 +69,7 @@ def list_findings(findings: Sequence[Finding], width: int) -> Iterator[str]:
         yield from _wrap(f"{finding.severity + ':':<9}", finding.what, width)
         if finding.places:
             more = ", …" if finding.n_rows > len(finding.places) else ""
-            yield from _wrap(" " * 9 + "at ", ", ".join(finding.places) + more, width)
+            yield from _wrap(" " * 9 + "at ", ", ".join(map(_shorten_path, finding.places)) + more, width)
         if finding.why:
             yield from _wrap(" " * 9, finding.why, width)
         if finding.hint:
@@ -79,7 +80,8 @@ def _list_part(part: PartReport, width: int) -> Iterator[str]:
     yield f"{part.name:<10} {part.n_rows:,} rows, {part.n_turns:,} turns, {part.n_documents:,} documents"
     shown = 0
     for file in part.files[:6]:
-        yield from _wrap(" " * 11, f"{_shorten(file['name'], width - 40)}  {file['n_rows']:,} {file['format']}", width)
+        name = _shorten(_shorten_path(file["name"]), width - 40)
+        yield from _wrap(" " * 11, f"{name}  {file['n_rows']:,} {file['format']}", width)
         shown += 1
     if shown < len(part.files):
         yield " " * 11 + f"and {len(part.files) - shown} more files"
@@ -88,7 +90,7 @@ def _list_part(part: PartReport, width: int) -> Iterator[str]:
     yield f"tokens     {part.n_tokens:,}{words}"
     yield f"trained    {part.n_target_tokens:,} ({share:.1%}), of which {part.n_stop_tokens:,} end a turn"
     ranks = "  ".join(f"{name} {value:,}" for name, value in part.percentiles.items())
-    yield f"lengths    min {part.shortest:,}  {ranks}  max {part.longest:,}"
+    yield from _wrap("lengths    ", f"min {part.shortest:,}  {ranks}  max {part.longest:,}", width)
     most = max(entry.n_documents for entry in part.histogram)
     for entry in part.histogram:
         bar = "█" * max(1 if entry.n_documents else 0, round(_BAR * entry.n_documents / most))
@@ -97,18 +99,18 @@ def _list_part(part: PartReport, width: int) -> Iterator[str]:
 
 def _list_costs(report: TokenizeReport) -> Iterator[str]:
     yield "max_length    rows cut   trained lost      stops lost   packs     fill"
-    for cost in report.costs:
-        yield _format_cost(cost)
-    yield "           < loses nothing and is the smallest that does" if report.costs else ""
+    yield from map(_format_cost, report.costs)
 
 
 def _format_cost(cost: LengthCost) -> str:
-    mark = "recipe" if cost.is_recipe else ""
-    mark = f"{mark} < use this".strip() if cost.is_recommended else mark
-    return (
+    marks = ["recipe"] if cost.is_recipe else []
+    if cost.is_recommended:
+        marks.append("< cuts nothing" if not cost.rows_lost else "< the model's context")
+    line = (
         f"{cost.max_length:>10,} {cost.rows_lost:>11,} {cost.target_tokens_lost:>14,} {cost.stop_tokens_lost:>15,} "
-        f"{cost.n_packs:>7,} {cost.fill:>8.1%}  {mark}"
+        f"{cost.n_packs:>7,} {cost.fill:>8.1%}  {' '.join(marks)}"
     )
+    return line.rstrip()
 
 
 def _list_training(report: TokenizeReport) -> Iterator[str]:
@@ -137,7 +139,7 @@ def _list_templates(report: TokenizeReport, width: int) -> Iterator[str]:
 def list_row(row: RowView, width: int, *, colour: bool) -> Iterator[str]:
     """One row: tokens with their marks on the left, the text that they spell on the right."""
     why = f"  ({row.why})" if row.why else ""
-    yield f"{row.place}  {row.n_tokens:,} tokens, {row.n_trained:,} trained{why}"
+    yield f"{_shorten_path(row.place)}  {row.n_tokens:,} tokens, {row.n_trained:,} trained{why}"
     for number, document in enumerate(row.documents, 1):
         if len(row.documents) > 1:
             yield f"  document {number} of {len(row.documents)}"
@@ -223,6 +225,11 @@ def _pad(text: str, width: int) -> str:
     from rich.cells import cell_len
 
     return text + " " * max(0, width - cell_len(text))
+
+
+def _shorten_path(place: str) -> str:
+    """``place`` as seen from the working folder."""
+    return place.removeprefix(f"{os.getcwd()}/")
 
 
 def _shorten(text: str, width: int) -> str:

@@ -1,28 +1,20 @@
-"""What is wrong, or surprising, in rows, tokenizer and template together: each with the rows, the meaning, the remedy.
-
-error     what would be learned is not what the rows say: `train` stops before the model is loaded
-warning   something is lost or doubled
-note      ftcli dealt with it, and says how
-"""
+"""What is wrong, or surprising, in rendered rows: each with the rows, the meaning, the remedy."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from ftcli.data.chat import ChatRenderer
 from ftcli.data.documents import Documents, Ints, RowTable
+from ftcli.data.finding import Finding, Severity
 from ftcli.data.limits import ModelLimits
 from ftcli.data.loader import DocumentSet
 from ftcli.data.trait import Trait
-from ftcli.errors import ContentError
 
-Severity = Literal["error", "warning", "note"]
 _PLACES_SHOWN = 5
+_WITHOUT_TEMPLATE = ("context", "vocabulary-size")  # said of raw texts too
 
 # trait → severity, what, what it means, what to do
 _TRAITS: dict[Trait, tuple[Severity, str, str, str, str]] = {
@@ -78,57 +70,22 @@ _TRAITS: dict[Trait, tuple[Severity, str, str, str, str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing found; ``places`` are the first rows, of ``n_rows`` in all (0: not a matter of rows)."""
-
-    severity: Severity
-    code: str
-    what: str
-    why: str = ""
-    hint: str = ""
-    n_rows: int = 0
-    places: tuple[str, ...] = ()
-
-
-def check_findings(findings: Sequence[Finding]) -> None:
-    """None if there is no error among ``findings``.
-
-    Raises:
-        ContentError: all errors at once.
-    """
-    errors = [finding for finding in findings if finding.severity == "error"]
-    if errors:
-        lines = [finding.what for finding in errors]
-        hints = dict.fromkeys(finding.hint for finding in errors if finding.hint)
-        where = errors[0].places[0] if errors[0].places else ""
-        raise ContentError("\n".join(lines), where=where, why=errors[0].why, hint="; ".join(hints))
-
-
-def list_template_findings(
-    renderer: ChatRenderer, limits: ModelLimits, *, is_chosen: bool, max_length: int | None
+def list_findings(
+    of_template: Sequence[Finding],
+    parts: Sequence[tuple[str, RowTable, Ints]],
+    renderer: ChatRenderer,
+    limits: ModelLimits,
 ) -> list[Finding]:
-    """What is to be said of tokenizer and template before a single row.
+    """All that is to be said: of the template, if there are conversations at all, and of the rows.
 
     Args:
-        renderer: both of them.
+        of_template: what `list_template_findings` says.
+        parts: (name, table, flags of its rows), the training set first.
+        renderer: tokenizer and template.
         limits: of the model.
-        is_chosen: whether the recipe names a template, instead of taking the model's own.
-        max_length: the recipe's, None where there is no recipe.
     """
-    return [
-        *_check_control_tokens(renderer, is_chosen=is_chosen),
-        *_check_stop_tokens(renderer, limits),
-        *_check_size(renderer, limits, max_length),
-        *_check_date(renderer),
-    ]
-
-
-def list_row_findings(
-    parts: Sequence[tuple[str, RowTable, Ints]], renderer: ChatRenderer, limits: ModelLimits
-) -> list[Finding]:
-    """What is to be said of the rows: ``parts`` are (name, table, flags of its rows), the training set first."""
-    findings: list[Finding] = []
+    has_chats = any(table.n_turns.any() for _, table, _ in parts)
+    findings = [finding for finding in of_template if has_chats or finding.code in _WITHOUT_TEMPLATE]
     for name, table, rows in parts:
         findings += _check_vocabulary(name, table, limits)
         findings += _check_traits(name, table, rows)
@@ -139,92 +96,30 @@ def list_row_findings(
     return findings
 
 
+def find_overflow(part: DocumentSet) -> Iterator[Finding]:
+    """A warning if rows are longer than ``max_length``, with what becomes of them."""
+    rows = np.flatnonzero(part.is_long)
+    if len(rows):
+        told = next(text for text in part.report.describe_losses() if "max_length" in text)
+        why = "what is cut or dropped is not learned, an answer's end among it"
+        yield _tell_rows(
+            "warning",
+            "overflow",
+            told.partition(" rows ")[2],
+            why if not part.report.n_split else "the parts do not see each other",
+            "raise data.max_length",
+            name=part.name,
+            table=part.table,
+            rows=rows,
+        )
+
+
 def count_stop_tokens(documents: Documents, stop_ids: Sequence[int]) -> int:
     """The trained end-of-turn tokens of ``documents``."""
     table = documents.table
     is_stop = (np.isin(table.ids, stop_ids) & (table.mask > 0)).astype(np.int64)
     total = np.concatenate([[0], np.cumsum(is_stop)])
     return int((total[documents.end] - total[np.minimum(documents.begin + 1, documents.end)]).sum())
-
-
-def describe_loss(part: DocumentSet) -> list[str]:
-    """A sentence for each kind of row that is not trained on as it was written."""
-    return [f"{part.name}: {sentence}" for sentence in part.report.describe_losses()]
-
-
-def _check_control_tokens(renderer: ChatRenderer, *, is_chosen: bool) -> Iterator[Finding]:
-    vocabulary = renderer.tokenizer.get_vocab()
-    wanted = renderer.template.list_control_tokens(strict=is_chosen)
-    missing = [token for token in wanted if token not in vocabulary]
-    if missing:
-        yield Finding(
-            "error",
-            "template-tokens",
-            f"the vocabulary lacks {len(missing)} of the tokens that the chat template writes: {', '.join(missing)}",
-            "each would be spelled out in several tokens, which the model never learned as a mark",
-            f"add them: tokenizer.add_tokens: {json.dumps(missing, ensure_ascii=False)}; "
-            "or choose a template of this model's family",
-        )
-
-
-def _check_stop_tokens(renderer: ChatRenderer, limits: ModelLimits) -> Iterator[Finding]:
-    if not renderer.template.source:
-        return
-    try:
-        texts, ids = renderer.find_turn_ends(), renderer.end_of_turn_ids
-    except ContentError as error:
-        yield Finding("error", "stop-token", error.what, error.why, error.hint)
-        return
-    tokenizer = renderer.tokenizer
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
-        yield Finding(
-            "note",
-            "eos",
-            f"the template ends a turn with {texts[0]}, the tokenizer's end of sequence is {tokenizer.eos_token}",
-            "a runtime that stops at the latter alone would never stop",
-            f"what is saved names {texts[0]}",
-        )
-    if limits.eos_ids and not set(ids) & set(limits.eos_ids):
-        known = ", ".join(tokenizer.convert_ids_to_tokens(list(limits.eos_ids)))
-        yield Finding(
-            "note",
-            "generation-eos",
-            f"the template ends a turn with {texts[0]}, the model's generation_config stops at {known}",
-            "a model trained on this would not stop where its turns end",
-            f"what is saved adds {texts[0]}",
-        )
-
-
-def _check_size(renderer: ChatRenderer, limits: ModelLimits, max_length: int | None) -> Iterator[Finding]:
-    n_entries = max(renderer.tokenizer.get_vocab().values(), default=-1) + 1
-    if limits.embedding_rows is not None and n_entries > limits.embedding_rows:
-        yield Finding(
-            "warning",
-            "vocabulary-size",
-            f"the tokenizer has {n_entries:,} entries, the model's embedding {limits.embedding_rows:,} rows",
-            "a token without a row cannot be looked up; rows of data that hold one are errors",
-            "name new tokens in tokenizer.add_tokens, which makes the embedding larger",
-        )
-    if max_length is not None and limits.context is not None and max_length > limits.context:
-        yield Finding(
-            "error",
-            "context",
-            f"data.max_length is {max_length:,}, the model's context {limits.context:,} tokens",
-            "positions beyond it were never trained",
-            f"set data.max_length to {limits.context}; only a model whose config.json says so (rope_parameters "
-            "and max_position_embeddings) reaches further",
-        )
-
-
-def _check_date(renderer: ChatRenderer) -> Iterator[Finding]:
-    if renderer.template.is_dated:
-        yield Finding(
-            "note",
-            "dated",
-            f"the chat template writes the date, which is {renderer.template.date:%d %b %Y} for the whole run",
-            "on another day the same rows would be other tokens",
-            "the manifest records it, and a resumed run keeps it",
-        )
 
 
 def _check_vocabulary(name: str, table: RowTable, limits: ModelLimits) -> Iterator[Finding]:

@@ -156,7 +156,7 @@ def build_table(
                 break  # a faster way was wrong: what it gave before is made again
             on_progress(first + len(batch), len(examples))
         else:
-            if builder.failures and skipped is None:
+            if builder.failures and (skipped is None or not builder.rows):
                 raise _join_failures(builder.failures)
             if skipped is not None:
                 skipped += builder.failures

@@ -55,13 +55,13 @@ class DataReport:
 class DocumentSet:
     """Documents in the order of their rows; ``rows`` flags those of the table that belong to this set.
 
-    ``is_whole`` flags the rows that are trained on as they were written.
+    ``is_long`` flags the rows that are longer than ``max_length``, whatever became of them.
     """
 
     name: str
     documents: Documents
     rows: Ints
-    is_whole: Ints
+    is_long: Ints
     report: DataReport
     sections: tuple[RowsSection, ...]
 
@@ -71,8 +71,8 @@ class DocumentSet:
 
     def read_examples(self) -> list[Example]:
         """The conversations that went in whole, read from their files again."""
-        table, wanted = self.table, set(np.flatnonzero(self.is_whole).tolist())
-        places = {table.place(row) for row in wanted}
+        whole = np.unique(self.documents.row[~self.is_long[self.documents.row]])
+        places = {self.table.place(row) for row in whole.tolist()}
         examples = [e for section in self.sections for e in read_section(section, find_section(section))]
         return [example for example in examples if example.place in places]
 
@@ -262,22 +262,21 @@ def build_set(part: Part, data: DataSection) -> DocumentSet:
             f"no row of {part.name} has a token to train on",
             hint="check datasets[].train_on and the rows' roles",
         )
-    long_rows = np.unique(whole.row[is_long])
-    has_target, is_whole = np.zeros(table.n_rows, dtype=bool), np.zeros(table.n_rows, dtype=bool)
-    has_target[useful.row] = is_whole[useful.row] = True
-    is_whole[long_rows] = False
-    lost = np.setdiff1d(np.flatnonzero(rows & ~has_target), long_rows if data.overflow == "drop" else [])
+    long_rows, has_target = np.zeros(table.n_rows, dtype=bool), np.zeros(table.n_rows, dtype=bool)
+    long_rows[whole.row[is_long]] = True
+    has_target[useful.row] = True
+    lost = rows & ~has_target & ~(long_rows if data.overflow == "drop" else False)
     counts = {"drop": "n_dropped", "truncate": "n_truncated", "split": "n_split"}
     report = DataReport(
         n_rows=int(rows.sum()),
         n_documents=len(useful),
         n_tokens=int((useful.end - useful.begin).sum()),
         n_target_tokens=int(targets.sum()),
-        n_without_target=len(lost),
+        n_without_target=int(lost.sum()),
         longest=int((useful.end - useful.begin).max()),
-        **({counts[data.overflow]: len(long_rows)} if len(long_rows) else {}),
+        **({counts[data.overflow]: int(long_rows.sum())} if long_rows.any() else {}),
     )
-    return DocumentSet(part.name, useful, rows, is_whole, report, part.sections)
+    return DocumentSet(part.name, useful, rows, long_rows, report, part.sections)
 
 
 def fit_documents(documents: Documents, is_long: Ints, data: DataSection) -> Documents:

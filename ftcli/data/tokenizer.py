@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
-from ftcli.data.template import read_template
+from ftcli.data.template import ChatTemplate, read_template
 from ftcli.errors import ContentError, UsageError
 from ftcli.store.gguf_header import read_gguf_header
 from ftcli.store.target import ModelFiles
@@ -69,7 +69,8 @@ NewTokens = dict[int, list[int]]
 def add_tokens(tokenizer: Any, tokens: Sequence[str] | Mapping[str, str]) -> NewTokens:
     """The ids of ``tokens``, which ``tokenizer`` now has, each with the ids of its description.
 
-    They are added as ordinary text, not as special tokens: those would vanish from what a runtime prints.
+    They are added as ordinary text, not as special tokens: those would vanish from what a runtime prints. Only
+    control tokens that the chat template writes are special, so that a message cannot spell them.
 
     Raises:
         UsageError: a token is in the vocabulary already.
@@ -83,7 +84,8 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str] | Mapping[str, str]) -> New
             hint="remove it from the list",
         )
     sources = {token: tokenizer(text, add_special_tokens=False).input_ids for token, text in described.items()}
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in described])
+    written = ChatTemplate(tokenizer.chat_template).list_control_tokens(strict=True)
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=token in written) for token in described])
     return {tokenizer.convert_tokens_to_ids(token): sources[token] for token in described}
 
 

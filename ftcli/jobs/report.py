@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from ftcli.data.chat import ChatRenderer
-from ftcli.data.check import Finding, count_stop_tokens, list_row_findings, list_template_findings
+from ftcli.data.check import count_stop_tokens, find_overflow, list_findings
 from ftcli.data.documents import Documents
+from ftcli.data.finding import Finding
 from ftcli.data.loader import Part, build_set
 from ftcli.data.packing import pack_lengths
 from ftcli.data.template import ChatTemplate
@@ -137,21 +138,13 @@ def _find_stop_ids(renderer: ChatRenderer) -> Sequence[int]:
 
 
 def _list_findings(tokenized: Tokenized) -> list[Finding]:
-    recipe, renderer, limits = tokenized.recipe, tokenized.renderer, tokenized.limits
-    is_chosen = recipe.tokenizer.chat_template != "auto"
-    findings = list_template_findings(renderer, limits, is_chosen=is_chosen, max_length=tokenized.max_length)
-    if not any(table.n_turns.any() for table in (part.table for part in tokenized.parts)):
-        findings = [finding for finding in findings if finding.code in ("context", "vocabulary-size")]
-    findings += list_row_findings([(p.name, p.table, p.rows) for p in tokenized.parts], renderer, limits)
+    parts = [(part.name, part.table, part.rows) for part in tokenized.parts]
+    findings = list_findings(tokenized.template_findings, parts, tokenized.renderer, tokenized.limits)
     for part in tokenized.parts:
         try:
-            report = build_set(part, tokenized.data).report
+            findings += find_overflow(build_set(part, tokenized.data))
         except ContentError as error:
             findings.append(Finding("error", "rows", error.what, error.why, error.hint))
-            continue
-        if sentences := [text for text in report.describe_losses() if "max_length" in text]:
-            hint = "raise data.max_length"
-            findings.append(Finding("warning", "overflow", f"{part.name}: {'; '.join(sentences)}", "", hint))
     order = ("error", "warning", "note")
     return sorted(findings, key=lambda finding: order.index(finding.severity))
 

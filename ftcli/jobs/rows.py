@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ftcli.data.chat import ChatRenderer
+from ftcli.data.finding import Finding, check_findings
+from ftcli.data.fit import list_template_findings
 from ftcli.data.limits import ModelLimits, read_limits
 from ftcli.data.loader import Part, Reading, load_parts
 from ftcli.data.tokenizer import add_tokens, load_tokenizer
-from ftcli.errors import Problem, UsageError
+from ftcli.errors import ContentError, Problem, UsageError
 from ftcli.events import OnEvent, Progress, Stage, ignore_event
 from ftcli.recipe import DataSection, Recipe, build_recipe, load_recipe
 from ftcli.store.target import ModelFiles, find_tokenizer
@@ -29,6 +31,7 @@ class Tokenized:
     renderer: ChatRenderer
     limits: ModelLimits
     reading: Reading
+    template_findings: list[Finding] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
 
     @property
@@ -81,8 +84,14 @@ def open_target(
     )
     on_event(Stage("data", ", ".join(Path(section.path).name for section in recipe.datasets)))
     held_out = recipe.eval.datasets if recipe.eval else ()
-    parts = load_parts(recipe.datasets, recipe.data, held_out, reading, seed=recipe.train.seed)
-    return Tokenized(target, recipe, is_recipe, files, renderer, limits, reading, parts)
+    is_chosen, max_length = recipe.tokenizer.chat_template != "auto", recipe.data.max_length if is_recipe else None
+    findings = list_template_findings(renderer, limits, is_chosen=is_chosen, max_length=max_length)
+    try:
+        parts = load_parts(recipe.datasets, recipe.data, held_out, reading, seed=recipe.train.seed)
+    except ContentError:
+        check_findings(findings)  # what is wrong with the template is why its rows fail
+        raise
+    return Tokenized(target, recipe, is_recipe, files, renderer, limits, reading, findings, parts)
 
 
 def open_tokenizer(recipe: Recipe) -> tuple[ModelFiles, Any]:
@@ -100,4 +109,4 @@ def _read_target(target: str, model: str | None, overrides: tuple[str, ...]) -> 
         raise UsageError("which model's tokenizer?", where=target, hint="name one with -m MODEL, or give a recipe")
     if overrides:
         raise UsageError("--set changes a recipe, and this is none", where=target)
-    return build_recipe({"model": model, "datasets": [{"path": target}]}, folder=Path.cwd(), name="data"), False
+    return build_recipe({"model": model, "datasets": [{"path": target}]}, folder=Path(), name="data"), False

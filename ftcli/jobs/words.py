@@ -48,7 +48,7 @@ def find_words(tokenized: Tokenized, *, most: int = 20) -> WordReport:
     for text in texts:
         counts.update(_WORD.findall(text))
     backend = tokenized.tokenizer.backend_tokenizer
-    frequent = [word for word, count in counts.items() if count >= _FEWEST_TIMES]
+    frequent = [word for word, count in counts.items() if count >= _FEWEST_TIMES and not word[0].isdecimal()]
     pieces = dict(zip(frequent, _encode(backend, [f" {word}" for word in frequent]), strict=True))
     split = [word for word in frequent if len(pieces[word]) >= _FEWEST_PIECES]
     larger = Tokenizer.from_str(backend.to_str())
@@ -57,9 +57,9 @@ def find_words(tokenized: Tokenized, *, most: int = 20) -> WordReport:
     saved = {word: counts[word] * (len(pieces[word]) - len(after[word])) for word in split}
     best = sorted((word for word in split if saved[word] > 0), key=lambda word: (-saved[word], word))[:most]
     reader = PieceReader(tokenized.tokenizer)
+    spelled = {word: tuple(reader.read(token).shown.lstrip() for token in pieces[word]) for word in best}
     words = tuple(
-        Word(word, counts[word], tuple(reader.read(id).shown for id in pieces[word]), saved[word])  # noqa: A001
-        for word in best
+        Word(word, counts[word], tuple(piece for piece in spelled[word] if piece), saved[word]) for word in best
     )
     chosen = Tokenizer.from_str(backend.to_str())
     chosen.add_tokens([AddedToken(word, normalized=False) for word in best])

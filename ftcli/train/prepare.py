@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ftcli.data.chat import ChatRenderer
-from ftcli.data.check import check_findings, describe_loss, list_row_findings, list_template_findings
+from ftcli.data.check import list_findings
+from ftcli.data.finding import check_findings
+from ftcli.data.fit import list_template_findings
 from ftcli.data.limits import ModelLimits, read_limits
 from ftcli.data.loader import DataSplit, Reading, load_split
 from ftcli.data.tokenizer import NewTokens, add_tokens, hash_template, hash_tokenizer, load_tokenizer
@@ -115,15 +117,18 @@ def load_data(recipe: Recipe, renderer: ChatRenderer, limits: ModelLimits, on_ev
     """
     is_chosen = recipe.tokenizer.chat_template != "auto"
     findings = list_template_findings(renderer, limits, is_chosen=is_chosen, max_length=recipe.data.max_length)
-    has_chats = any(section.type != "text" for section in recipe.datasets)
-    check_findings(findings if has_chats and renderer.template.source else [f for f in findings if f.code == "context"])
     reading = Reading(renderer, on_progress=lambda done, total: on_event(Progress("data", done, total)))
     held_out = recipe.eval.datasets if recipe.eval else ()
-    split = load_split(recipe.datasets, recipe.data, held_out, reading, seed=recipe.train.seed)
+    try:
+        split = load_split(recipe.datasets, recipe.data, held_out, reading, seed=recipe.train.seed)
+    except ContentError:
+        check_findings(findings)  # what is wrong with the template is why its rows fail
+        raise
     sets = (split.train, *split.held_out)
-    findings += list_row_findings([(part.name, part.table, part.rows) for part in sets], renderer, limits)
+    findings = list_findings(findings, [(part.name, part.table, part.rows) for part in sets], renderer, limits)
     check_findings(findings)
-    for sentence in (*split.notices, *(sentence for part in sets for sentence in describe_loss(part))):
+    losses = [f"{part.name}: {sentence}" for part in sets for sentence in part.report.describe_losses()]
+    for sentence in (*split.notices, *losses):
         on_event(Notice(sentence))
     for finding in findings:
         if finding.code not in _TOLD_ELSEWHERE:
