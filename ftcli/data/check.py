@@ -10,8 +10,10 @@ from ftcli.data.chat import ChatRenderer
 from ftcli.data.documents import Documents, Ints, RowTable
 from ftcli.data.finding import Finding, Severity
 from ftcli.data.limits import ModelLimits
-from ftcli.data.loader import DocumentSet
+from ftcli.data.loader import DocumentSet, Part
 from ftcli.data.trait import Trait
+
+Rows = Part | DocumentSet  # one side of a run: a name, a table, and flags of the rows that belong to it
 
 _PLACES_SHOWN = 5
 _WITHOUT_TEMPLATE = ("context", "vocabulary-size")  # said of raw texts too
@@ -71,47 +73,42 @@ _TRAITS: dict[Trait, tuple[Severity, str, str, str, str]] = {
 
 
 def list_findings(
-    of_template: Sequence[Finding],
-    parts: Sequence[tuple[str, RowTable, Ints]],
-    renderer: ChatRenderer,
-    limits: ModelLimits,
+    of_template: Sequence[Finding], parts: Sequence[Rows], renderer: ChatRenderer, limits: ModelLimits
 ) -> list[Finding]:
     """All that is to be said: of the template, if there are conversations at all, and of the rows.
 
     Args:
         of_template: what `list_template_findings` says.
-        parts: (name, table, flags of its rows), the training set first.
+        parts: the training set first, then what is held out.
         renderer: tokenizer and template.
         limits: of the model.
     """
-    has_chats = any(table.n_turns.any() for _, table, _ in parts)
+    has_chats = any(part.table.n_turns.any() for part in parts)
     findings = [finding for finding in of_template if has_chats or finding.code in _WITHOUT_TEMPLATE]
-    for name, table, rows in parts:
-        findings += _check_vocabulary(name, table, limits)
-        findings += _check_traits(name, table, rows)
-        findings += _check_bos(name, table, renderer)
-        findings += _check_targets(name, table, rows)
-        findings += _check_duplicates(name, table, rows)
+    for part in parts:
+        findings += _check_vocabulary(part, limits)
+        findings += _check_traits(part)
+        findings += _check_bos(part, renderer)
+        findings += _check_targets(part)
+        findings += _check_duplicates(part)
     findings += _check_overlap(parts)
     return findings
 
 
 def find_overflow(part: DocumentSet) -> Iterator[Finding]:
     """A warning if rows are longer than ``max_length``, with what becomes of them."""
-    rows = np.flatnonzero(part.is_long)
-    if len(rows):
-        told = next(text for text in part.report.describe_losses() if "max_length" in text)
-        why = "what is cut or dropped is not learned, an answer's end among it"
-        yield _tell_rows(
-            "warning",
-            "overflow",
-            told.partition(" rows ")[2],
-            why if not part.report.n_split else "the parts do not see each other",
-            "raise data.max_length",
-            name=part.name,
-            table=part.table,
-            rows=rows,
-        )
+    told = next((text for text in part.report.describe_losses() if "max_length" in text), "")
+    yield from _tell(
+        part,
+        part.is_long,
+        "warning",
+        "overflow",
+        told.partition(" rows ")[2],
+        "the parts do not see each other"
+        if part.report.n_split
+        else "what is cut or dropped is not learned, an answer's end among it",
+        "raise data.max_length",
+    )
 
 
 def count_stop_tokens(documents: Documents, stop_ids: Sequence[int]) -> int:
@@ -122,126 +119,115 @@ def count_stop_tokens(documents: Documents, stop_ids: Sequence[int]) -> int:
     return int((total[documents.end] - total[np.minimum(documents.begin + 1, documents.end)]).sum())
 
 
-def _check_vocabulary(name: str, table: RowTable, limits: ModelLimits) -> Iterator[Finding]:
+def _check_vocabulary(part: Rows, limits: ModelLimits) -> Iterator[Finding]:
+    table = part.table
     if limits.embedding_rows is None or not len(table.ids) or int(table.ids.max()) < limits.embedding_rows:
         return
     at = np.flatnonzero(table.ids >= limits.embedding_rows)
-    rows = np.unique(_find_rows(table, at))
-    yield _tell_rows(
+    yield from _tell(
+        part,
+        _flag_rows(table, at),
         "error",
         "vocabulary",
         f"hold tokens that the model has no row for, such as {int(table.ids[at[0]])} "
         f"(its embedding has {limits.embedding_rows} rows)",
         "this tokenizer is not the one of this model",
         "put the model's own tokenizer beside it, or name new tokens in tokenizer.add_tokens",
-        name=name,
-        table=table,
-        rows=rows,
     )
 
 
-def _check_traits(name: str, table: RowTable, rows: Ints) -> Iterator[Finding]:
-    for trait, (severity, code, what, why, hint) in _TRAITS.items():
-        found = np.flatnonzero(((table.traits & int(trait)) > 0) & rows)
-        if len(found):
-            yield _tell_rows(severity, code, what, why, hint, name=name, table=table, rows=found)
+def _check_traits(part: Rows) -> Iterator[Finding]:
+    for trait, words in _TRAITS.items():
+        yield from _tell(part, (part.table.traits & int(trait)) > 0, *words)
 
 
-def _check_bos(name: str, table: RowTable, renderer: ChatRenderer) -> Iterator[Finding]:
-    bos = renderer.tokenizer.bos_token_id
+def _check_bos(part: Rows, renderer: ChatRenderer) -> Iterator[Finding]:
+    table, bos = part.table, renderer.tokenizer.bos_token_id
     if bos is None or not len(table.ids):
         return
     first = table.first_token[:-1]
     second = np.minimum(first + 1, len(table.ids) - 1)
     has_bos = table.ids[first] == bos
-    twice = np.flatnonzero(has_bos & (table.ids[second] == bos) & (second < table.first_token[1:]))
-    if len(twice):
-        yield _tell_rows(
-            "error",
-            "double-bos",
-            f"begin with {renderer.tokenizer.bos_token} twice",
-            "no model has seen that in its training",
-            "let the template write it once, with bos_token",
-            name=name,
-            table=table,
-            rows=np.unique(_find_rows(table, first[twice])),
-        )
-    adds_bos = renderer.tokenizer("a").input_ids[:1] == [bos]
-    chats = np.flatnonzero(~has_bos & (table.n_turns[_find_rows(table, first)] > 0))
-    if adds_bos and len(chats):
-        yield _tell_rows(
+    twice = has_bos & (table.ids[second] == bos) & (second < table.first_token[1:])
+    yield from _tell(
+        part,
+        _flag_rows(table, first[twice]),
+        "error",
+        "double-bos",
+        f"begin with {renderer.tokenizer.bos_token} twice",
+        "no model has seen that in its training",
+        "let the template write it once, with bos_token",
+    )
+    if renderer.tokenizer("a").input_ids[:1] == [bos]:
+        yield from _tell(
+            part,
+            _flag_rows(table, first[~has_bos]) & (table.n_turns > 0),
             "warning",
             "no-bos",
             f"begin without {renderer.tokenizer.bos_token}, which this tokenizer puts before every text",
             "the template does not write it, and ftcli adds nothing to a template",
             "begin the template with {{ bos_token }}, if the base model was trained with it",
-            name=name,
-            table=table,
-            rows=np.unique(_find_rows(table, first[chats])),
         )
 
 
-def _check_targets(name: str, table: RowTable, rows: Ints) -> Iterator[Finding]:
+def _check_targets(part: Rows) -> Iterator[Finding]:
+    table = part.table
     total = np.concatenate([[0], np.cumsum(table.mask, dtype=np.int64)])
     borders = table.first_token[table.first_document]
-    found = np.flatnonzero((total[borders[1:]] - total[borders[:-1]] == 0) & rows)
-    if len(found):
-        yield _tell_rows(
+    yield from _tell(
+        part,
+        total[borders[1:]] == total[borders[:-1]],
+        "warning",
+        "no-target",
+        "have no token to train on and are left out",
+        "none of their turns is chosen by train_on, or each says train: false",
+        "check datasets[].train_on and the rows' roles",
+    )
+
+
+def _check_duplicates(part: Rows) -> Iterator[Finding]:
+    chosen = np.flatnonzero(part.rows)
+    _, first = np.unique(part.table.key[chosen], return_index=True)
+    again = part.rows.copy()
+    again[chosen[first]] = False
+    yield from _tell(
+        part,
+        again,
+        "warning",
+        "duplicates",
+        "stand in the data before",
+        "what is repeated is learned more strongly",
+        "remove them, or repeat on purpose with datasets[].weight",
+    )
+
+
+def _check_overlap(parts: Sequence[Rows]) -> Iterator[Finding]:
+    train, *held_out = parts
+    known = train.table.key[train.rows]
+    for part in held_out:
+        yield from _tell(
+            part,
+            np.isin(part.table.key, known),
             "warning",
-            "no-target",
-            "have no token to train on and are left out",
-            "none of their turns is chosen by train_on, or each says train: false",
-            "check datasets[].train_on and the rows' roles",
-            name=name,
-            table=table,
-            rows=found,
+            "overlap",
+            "are trained on too",
+            "a score on rows that were learned says nothing about new ones",
+            "remove them from one side, or use data.val_set_size, which keeps equal rows together",
         )
 
 
-def _check_duplicates(name: str, table: RowTable, rows: Ints) -> Iterator[Finding]:
-    chosen = np.flatnonzero(rows)
-    _, first = np.unique(table.key[chosen], return_index=True)
-    again = np.setdiff1d(np.arange(len(chosen)), first)
-    if len(again):
-        yield _tell_rows(
-            "warning",
-            "duplicates",
-            "stand in the data before",
-            "what is repeated is learned more strongly",
-            "remove them, or repeat on purpose with datasets[].weight",
-            name=name,
-            table=table,
-            rows=chosen[again],
-        )
-
-
-def _check_overlap(parts: Sequence[tuple[str, RowTable, Ints]]) -> Iterator[Finding]:
-    (_, train, train_rows), *held_out = parts
-    known = train.key[train_rows.astype(bool)]
-    for name, table, rows in held_out:
-        found = np.flatnonzero(np.isin(table.key, known) & rows)
-        if len(found):
-            yield _tell_rows(
-                "warning",
-                "overlap",
-                "are trained on too",
-                "a score on rows that were learned says nothing about new ones",
-                "remove them from one side, or use data.val_set_size, which keeps equal rows together",
-                name=name,
-                table=table,
-                rows=found,
-            )
-
-
-def _find_rows(table: RowTable, tokens: Ints) -> Ints:
-    """The row of each token (an index into ``ids``)."""
+def _flag_rows(table: RowTable, tokens: Ints) -> Ints:
+    """A flag for each row, set where one of ``tokens`` (indices into ``ids``) lies in it."""
     documents = np.searchsorted(table.first_token, tokens, side="right") - 1
-    return np.asarray(np.searchsorted(table.first_document, documents, side="right") - 1)
+    flags = np.zeros(table.n_rows, dtype=bool)
+    flags[np.searchsorted(table.first_document, documents, side="right") - 1] = True
+    return flags
 
 
-def _tell_rows(
-    severity: Severity, code: str, what: str, why: str, hint: str, *, name: str, table: RowTable, rows: Ints
-) -> Finding:
-    places = tuple(table.place(int(row)) for row in rows[:_PLACES_SHOWN])
-    subject = f"{name}: {len(rows):,} of {table.n_rows:,} rows"
-    return Finding(severity, code, f"{subject} {what}", why, hint, len(rows), places)
+def _tell(part: Rows, found: Ints, severity: Severity, code: str, what: str, why: str, hint: str) -> Iterator[Finding]:
+    """One finding for the rows of ``part`` that ``found`` flags, if there are any."""
+    rows = np.flatnonzero(found & part.rows)
+    if len(rows):
+        places = tuple(part.table.place(int(row)) for row in rows[:_PLACES_SHOWN])
+        subject = f"{part.name}: {len(rows):,} of {int(part.rows.sum()):,} rows"
+        yield Finding(severity, code, f"{subject} {what}", why, hint, len(rows), places)

@@ -138,8 +138,7 @@ def _find_stop_ids(renderer: ChatRenderer) -> Sequence[int]:
 
 
 def _list_findings(tokenized: Tokenized) -> list[Finding]:
-    parts = [(part.name, part.table, part.rows) for part in tokenized.parts]
-    findings = list_findings(tokenized.template_findings, parts, tokenized.renderer, tokenized.limits)
+    findings = list_findings(tokenized.template_findings, tokenized.parts, tokenized.renderer, tokenized.limits)
     for part in tokenized.parts:
         try:
             findings += find_overflow(build_set(part, tokenized.data))

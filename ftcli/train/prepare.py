@@ -125,7 +125,7 @@ def load_data(recipe: Recipe, renderer: ChatRenderer, limits: ModelLimits, on_ev
         check_findings(findings)  # what is wrong with the template is why its rows fail
         raise
     sets = (split.train, *split.held_out)
-    findings = list_findings(findings, [(part.name, part.table, part.rows) for part in sets], renderer, limits)
+    findings = list_findings(findings, sets, renderer, limits)
     check_findings(findings)
     losses = [f"{part.name}: {sentence}" for part in sets for sentence in part.report.describe_losses()]
     for sentence in (*split.notices, *losses):
