@@ -22,7 +22,6 @@ HEAVY = {
     "rich",
     "datasets",
     "pyarrow",
-    "tiktoken",
 }
 
 

@@ -69,7 +69,7 @@ def list_findings(findings: Sequence[Finding], width: int) -> Iterator[str]:
         yield from _wrap(f"{finding.severity + ':':<9}", finding.what, width)
         if finding.places:
             more = ", …" if finding.n_rows > len(finding.places) else ""
-            yield from _wrap(" " * 9 + "at ", ", ".join(map(_shorten_path, finding.places)) + more, width)
+            yield from _wrap(" " * 9 + "at ", _join_places(finding.places) + more, width)
         if finding.why:
             yield from _wrap(" " * 9, finding.why, width)
         if finding.hint:
@@ -104,8 +104,8 @@ def _list_costs(report: TokenizeReport) -> Iterator[str]:
 
 def _format_cost(cost: LengthCost) -> str:
     marks = ["recipe"] if cost.is_recipe else []
-    if cost.is_recommended:
-        marks.append("< cuts nothing" if not cost.rows_lost else "< the model's context")
+    if cost.recommendation:
+        marks.append(cost.recommendation)
     line = (
         f"{cost.max_length:>10,} {cost.rows_lost:>11,} {cost.target_tokens_lost:>14,} {cost.stop_tokens_lost:>15,} "
         f"{cost.n_packs:>7,} {cost.fill:>8.1%}  {' '.join(marks)}"
@@ -225,6 +225,16 @@ def _pad(text: str, width: int) -> str:
     from rich.cells import cell_len
 
     return text + " " * max(0, width - cell_len(text))
+
+
+def _join_places(places: Sequence[str]) -> str:
+    """``a.jsonl:7, :9, b.jsonl:1``."""
+    names = [place.rpartition(":") for place in places]
+    shown = [
+        f":{line}" if i and names[i - 1][0] == name else f"{_shorten_path(name)}:{line}"
+        for i, (name, _, line) in enumerate(names)
+    ]
+    return ", ".join(shown)
 
 
 def _shorten_path(place: str) -> str:

@@ -16,8 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ftcli import __version__
-from ftcli.data.documents import RowTable, SourceFile
+from ftcli.data.documents import Ints, RowTable, SourceFile
 from ftcli.errors import DiskError
 from ftcli.store.cache import find_cache, prune_cache
 from ftcli.store.file import hash_file, staged_folder, write_json
@@ -42,7 +44,7 @@ def load_table(name: str) -> RowTable | None:
             return None
         with pa.memory_map(str(folder / "rows.arrow")) as mapped:
             batch = pa.ipc.open_file(mapped).get_batch(0)
-        arrays = {name: batch.column(name).flatten().to_numpy() for name in batch.schema.names}
+        arrays = {name: _unwrap(batch.column(name).values) for name in batch.schema.names}
         table = RowTable(tuple(SourceFile(**file) for file in entry["files"]), **arrays)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None
@@ -58,8 +60,7 @@ def save_table(name: str, table: RowTable) -> str:
     folder = find_cache("rows") / name
     arrays = table.list_arrays()
     columns = [
-        pa.LargeListArray.from_arrays(pa.array([0, len(array)], pa.int64()), pa.array(array))
-        for array in arrays.values()
+        pa.LargeListArray.from_arrays(_wrap(np.array([0, len(array)])), _wrap(array)) for array in arrays.values()
     ]
     batch = pa.record_batch(columns, names=list(arrays))
     try:
@@ -73,3 +74,20 @@ def save_table(name: str, table: RowTable) -> str:
     except (OSError, DiskError) as error:
         return str(error).splitlines()[0]
     return ""
+
+
+# pyarrow's own conversions, either way, would import pandas
+
+
+def _wrap(array: Ints) -> Any:
+    """An Arrow array over the memory of ``array``."""
+    import pyarrow as pa
+
+    kind = pa.from_numpy_dtype(array.dtype)
+    return pa.Array.from_buffers(kind, len(array), [None, pa.py_buffer(np.ascontiguousarray(array))])
+
+
+def _unwrap(array: Any) -> Ints:
+    """A NumPy array over the memory of an Arrow one."""
+    kind = np.dtype(array.type.to_pandas_dtype())
+    return np.frombuffer(array.buffers()[1], kind, len(array), array.offset * kind.itemsize)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, overload
 
 import numpy as np
@@ -28,7 +28,7 @@ from ftcli.errors import ContentError
 
 Ints = NDArray[Any]
 _BATCH_ROWS = 2048
-_SAMPLED_ROWS = 512
+_SAMPLED_ROWS = 256
 _ROLE, _TURN = "\x1f", "\x1e"
 
 
@@ -209,7 +209,7 @@ class _TableBuilder:
 
     renderer: ChatRenderer
     sample_every: int
-    files: dict[str, tuple[int, SourceFile]] = field(default_factory=dict)
+    files: dict[str, tuple[int, str]] = field(default_factory=dict)  # name → index, format
     rows: list[tuple[int, ...]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     ids: list[Ints] = field(default_factory=list)
@@ -233,8 +233,7 @@ class _TableBuilder:
 
     def _add_row(self, rendered: RenderedRow) -> None:
         example = rendered.example
-        index, known = self.files.get(example.file) or (len(self.files), SourceFile(example.file, example.format, 0))
-        self.files[example.file] = index, replace(known, n_rows=known.n_rows + 1)
+        index, _ = self.files.setdefault(example.file, (len(self.files), example.format))
         texts = [example.text] if example.text is not None else [m.content or "" for m in example.messages]
         is_sampled = len(self.rows) % self.sample_every == 0
         self.rows.append(
@@ -243,22 +242,19 @@ class _TableBuilder:
                 example.line,
                 hash_example(example),
                 sum(len(text.split()) for text in texts),
-                self._count_tokens(texts) if is_sampled else -1,
+                self.renderer.encoder.count_tokens(texts) if is_sampled else -1,
                 len(example.messages),
                 int(find_traits(rendered)),
                 len(rendered.documents),
             )
         )
 
-    def _count_tokens(self, texts: Sequence[str]) -> int:
-        backend = self.renderer.tokenizer.backend_tokenizer
-        return sum(len(encoding.ids) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
-
     def finish(self) -> RowTable:
         columns = list(zip(*self.rows, strict=True)) or [()] * 8
         file, line, key, n_words, n_text_tokens, n_turns, traits, n_documents = columns
+        counts = np.bincount(np.array(file, dtype=np.int32), minlength=len(self.files)).tolist()
         return RowTable(
-            files=tuple(file for _, file in self.files.values()),
+            files=tuple(SourceFile(name, kind, counts[index]) for name, (index, kind) in self.files.items()),
             file=np.array(file, dtype=np.int32),
             line=np.array(line, dtype=np.int64),
             key=np.array(key, dtype=np.uint64),

@@ -7,8 +7,8 @@
 No token reaches over the start of a span: where the tokenizer would join the two sides, the text is encoded in
 pieces, because at inference the prompt ends there. Three ways lead to the same ids, from fast to sure:
 
-    byte-level   segments through `byte_level`, where that is proven to be the same tokenizer
-    by ids       one batch without offsets; spans are found again by the special tokens among the ids
+    byte-level   word by word (`byte_level`), in segments between the spans
+    by ids       one batch without offsets; spans are found again by the added tokens among the ids
     by offsets   one text at a time, with the characters of every token; all else, and what samples are held against
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,8 +32,9 @@ Encoded = tuple[list[int], list[bool]]
 # One private-use character (Unicode planes 15 and 16) stands for each special token that a message spells out.
 _MARKERS = (*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
 _MELTED = "the first characters of a turn cannot be separated from the generation prompt"
-_SAMPLED = 64  # of so many texts that went a fast way, one is encoded again by offsets
-_WORTH_IT = 6_000_000  # characters from which on setting up the byte-level way pays
+_ALWAYS, _SAMPLED = 16, 256  # the first texts that went a fast way, and then one of so many, are encoded by offsets
+_WORTH_IT = 1_000_000  # characters from which on setting up the byte-level way pays
+_ID_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +69,13 @@ class TextEncoder:
     def expect(self, n_characters: int) -> None:
         """Nothing; the byte-level way is set up if so many characters to come make it pay."""
         if self._byte_level is None and n_characters >= _WORTH_IT and self._uses_ids:
-            self._byte_level = ByteLevelEncoder.build(self.tokenizer)
+            self._byte_level = ByteLevelEncoder.build(self.tokenizer, self.added)
 
     def encode(self, texts: Sequence[MarkedText]) -> list[Encoded | ContentError]:
         """For each text its ids and mask, or what is wrong with it."""
+        results: list[Encoded | None]
         if self._byte_level:
-            results: list[Encoded | None] = [self._encode_segments(text) for text in texts]
+            results = [self._encode_byte_level(text, self._byte_level) for text in texts]
         elif self._uses_ids and len(texts) > 1:
             results = self._encode_by_ids(texts)
         else:
@@ -81,7 +84,7 @@ class TextEncoder:
         for text, result in zip(texts, results, strict=True):
             if result is not None:
                 self._n_fast += 1
-                if self._n_fast % _SAMPLED != 1:
+                if self._n_fast > _ALWAYS and self._n_fast % _SAMPLED:
                     found.append(result)
                     continue
             try:
@@ -95,6 +98,13 @@ class TextEncoder:
             found.append(sure)
         return found
 
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        """How many tokens plain ``texts`` have, without BOS or EOS."""
+        if self._byte_level and all(self._byte_level.knows(text) for text in texts):
+            return sum(len(self._byte_level.encode(text)) // _ID_BYTES for text in texts)
+        backend = self.tokenizer.backend_tokenizer
+        return sum(len(encoding.ids) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+
     def _give_up_speed(self) -> None:
         name = "the byte-level encoder" if self._byte_level else "finding spans by their ids"
         self.notices.append(f"{name} disagrees with the tokenizer on this data; going on without it, more slowly")
@@ -102,53 +112,51 @@ class TextEncoder:
             self._uses_ids = False
         self._byte_level = None
 
-    # --- the byte-level way
-
-    def _encode_segments(self, marked: MarkedText) -> Encoded | None:
-        """Ids by `byte_level`, cut at the spans; None where that is not known to be right."""
-        text, ids, mask, last = marked.text, [], [], 0
-        if marked.is_protected or self._byte_level is None or not self._byte_level.knows(text):
-            return None
-        for start, end in marked.spans:
-            before, inside = self._encode_plain(text[last:start]), self._encode_plain(text[start:end])
-            if before is None or inside is None or not inside or inside[-1] not in self._added_id_set:
-                return None
-            ids += before
-            ids += inside
-            mask += [False] * len(before)
-            mask += [True] * len(inside)
-            last = end
-        rest = self._encode_plain(text[last:])
-        return None if rest is None else (ids + rest, mask + [False] * len(rest))
-
-    def _encode_plain(self, text: str) -> list[int] | None:
-        """Ids of ``text``, whose added tokens are cut out first, as the tokenizer does."""
-        assert self._byte_level is not None
-        ids: list[int] = []
-        last = 0
-        for match in self.added.finditer(text):
-            piece = self._byte_level.encode(text[last : match.start()])
-            if piece is None:
-                return None
-            ids += piece
-            ids.append(self._added_ids[match.group()])
-            last = match.end()
-        piece = self._byte_level.encode(text[last:])
-        return None if piece is None else ids + piece
-
     # --- by ids
+
+    def _encode_byte_level(self, marked: MarkedText, encoder: ByteLevelEncoder) -> Encoded | None:
+        """Ids by `byte_level`, cut at the spans; None where that is not known to be right."""
+        text = marked.text
+        if marked.is_protected or not encoder.knows(text):
+            return None
+        parts, mask, last = [], [], 0
+        for start, end in marked.spans:
+            before, inside = encoder.encode(text[last:start]), encoder.encode(text[start:end])
+            parts += [before, inside]
+            mask += [False] * (len(before) // _ID_BYTES)
+            mask += [True] * (len(inside) // _ID_BYTES)
+            if not inside or (end < len(text) and not self._ends_added(inside)):
+                return None
+            last = end
+        parts.append(encoder.encode(text[last:]))
+        ids = memoryview(b"".join(parts)).cast("i").tolist()
+        return ids, mask + [False] * (len(ids) - len(mask))
+
+    def _ends_added(self, ids: bytes) -> bool:
+        return int.from_bytes(ids[-_ID_BYTES:], sys.byteorder) in self._added_id_set
 
     def _encode_by_ids(self, texts: Sequence[MarkedText]) -> list[Encoded | None]:
         plain = [text for text in texts if not text.is_protected]
-        backend = self.tokenizer.backend_tokenizer
-        encodings = iter(backend.encode_batch_fast([text.text for text in plain], add_special_tokens=False))
-        return [None if text.is_protected else self._find_mask(text, next(encodings).ids) for text in texts]
+        backend, known = self.tokenizer.backend_tokenizer, self._added_id_set
+        encodings = backend.encode_batch_fast([text.text for text in plain], add_special_tokens=False)
+        masks = {}
+        for text, encoding in zip(plain, encodings, strict=True):
+            ids = encoding.ids
+            at = [i for i, token in enumerate(ids) if token in known]
+            masks[id(text)] = self._find_mask(text, ids, at, list(self.added.finditer(text.text)))
+        return [masks.get(id(text)) for text in texts]
 
-    def _find_mask(self, marked: MarkedText, ids: list[int]) -> Encoded | None:
-        """The mask over ``ids``; None unless each span lies between added tokens that stand out among them."""
-        known = self._added_id_set
-        at = [i for i, token in enumerate(ids) if token in known]
-        tokens = list(self.added.finditer(marked.text))
+    def _find_mask(
+        self, marked: MarkedText, ids: list[int], at: Sequence[int], tokens: Sequence[re.Match[str]]
+    ) -> Encoded | None:
+        """The mask over ``ids``; None unless each span lies between added tokens.
+
+        Args:
+            marked: the text.
+            ids: its own.
+            at: where added tokens stand in ``ids``.
+            tokens: where added tokens stand in the text.
+        """
         if [ids[i] for i in at] != [self._added_ids[token.group()] for token in tokens]:
             return None
         mask = [False] * len(ids)

@@ -7,8 +7,10 @@ The table does not depend on `data`: a run with another max_length, or another s
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -79,12 +81,24 @@ class DocumentSet:
 
 @dataclass(frozen=True)
 class DataSplit:
-    """The documents of a run: what is trained on, and what is held out; ``sha256`` is that of all files."""
+    """The documents of a run: what is trained on, and what is held out; ``sha256`` is of all that was read."""
 
     train: DocumentSet
     held_out: tuple[DocumentSet, ...]
     sha256: str
     notices: tuple[str, ...] = ()
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """A block without garbage collection: millions of small objects that live on are not looked through again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @dataclass
@@ -96,6 +110,12 @@ class Reading:
     skipped: list[Problem] | None = None
     on_progress: Callable[[int, int], None] = lambda done, total: None
     notices: list[str] = field(default_factory=list)
+    hashes: list[str] = field(default_factory=list)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of all that was read."""
+        return self.hashes[0] if len(self.hashes) == 1 else hashlib.sha256("".join(self.hashes).encode()).hexdigest()
 
     def load(self, section: RowsSection) -> RowTable:
         """The table of one section of the recipe, from the cache if it is there.
@@ -104,24 +124,30 @@ class Reading:
             ContentError: rows that cannot be read or rendered.
         """
         sources = find_section(section)
+        self.hashes.append(hash_sources(sources))
         name = name_entry(self._list_origins(section, sources))
         keeps = self.uses_cache and self.skipped is None
         if keeps and (known := load_table(name)):
             return known
-        examples = read_section(section, sources, self.skipped)
-        failures: list[ContentError] | None = None if self.skipped is None else []
-        table = build_table(examples, self.renderer, section.train_on, skipped=failures, on_progress=self.on_progress)
-        if self.skipped is not None:
-            self.skipped += [Problem(error.what, error.where, error.hint) for error in failures or ()]
+        with _without_collector():
+            table = self._build(section, sources)
         if keeps and (why := save_table(name, table)):
             self.notices.append(f"the rendered rows are not cached: {why}")
         self.notices += [notice for notice in self.renderer.encoder.notices if notice not in self.notices]
         return table
 
+    def _build(self, section: RowsSection, sources: Sequence[Source]) -> RowTable:
+        examples = read_section(section, sources, self.skipped)
+        failures: list[ContentError] | None = None if self.skipped is None else []
+        table = build_table(examples, self.renderer, section.train_on, skipped=failures, on_progress=self.on_progress)
+        if self.skipped is not None:
+            self.skipped += [Problem(error.what, error.where, error.hint) for error in failures or ()]
+        return table
+
     def _list_origins(self, section: RowsSection, sources: Sequence[Source]) -> dict[str, object]:
         template = self.renderer.template
         return {
-            "data": hash_sources(sources),
+            "data": self.hashes[-1],
             "names": [source.name for source in sources],
             "section": section.model_dump(mode="json", exclude={"path", "weight"}),
             "tokenizer": hash_tokenizer(self.renderer.tokenizer),
@@ -209,8 +235,7 @@ def load_split(
     """
     parts = load_parts(datasets, data, held_out, reading, seed=seed)
     sets = [build_set(part, data) for part in parts]
-    sources = [source for section in (*datasets, *held_out) for source in find_section(section)]
-    return DataSplit(sets[0], tuple(sets[1:]), hash_sources(sources), tuple(reading.notices))
+    return DataSplit(sets[0], tuple(sets[1:]), reading.sha256, tuple(reading.notices))
 
 
 def _name_set(section: RowsSection, names: Sequence[str]) -> str:

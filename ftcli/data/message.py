@@ -40,7 +40,7 @@ _SPEAKERS = {
     **{role: role for role in ("developer", "function", "ipython")},
 }
 _NOTHING: dict[str, Any] = {}
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _OWN_KEYS = ("role", "content", "train", "weight")
 
 
@@ -160,7 +160,7 @@ def _read_message(row: Row, turn: Any, place: str, content_key: str = "content")
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise build_row_error(row, f"{place}.tool_calls: not a list of objects")
     content = _read_content(row, turn.get("content"), f"{place}.{content_key}")
-    says_nothing = not calls and not (role == "assistant" and any(key in extra for key in _REASONING))
+    says_nothing = not calls and not (role == "assistant" and any(key in extra for key in REASONING_KEYS))
     if content is None and says_nothing:
         raise build_row_error(row, f"{place}.{content_key}: null or missing where a text belongs")
     return Message(role, content, _read_train(row, turn, place), extra)

@@ -43,8 +43,9 @@ def plan_epoch(
     order = choose_documents(weights or [1.0] * len(lengths), seed=seed, epoch=epoch)
     shuffler = random.Random(f"{seed}:{epoch}")
     shuffler.shuffle(order)
-    rows = [[index] for index in order]
-    if pack_tokens is not None:
+    if pack_tokens is None:
+        rows = [[index] for index in order]
+    else:
         packs = pack_lengths([lengths[index] for index in order], pack_tokens)
         rows = [[order[position] for position in pack] for pack in packs]
         shuffler.shuffle(rows)

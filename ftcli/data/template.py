@@ -16,10 +16,11 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from ftcli.data.message import REASONING_KEYS
 from ftcli.errors import ContentError, UsageError
 from ftcli.recipe import BUNDLED_TEMPLATES
 
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+_IS_REASONING = frozenset(REASONING_KEYS)
 _NO_END = "the chat template writes no end-of-turn token after an answer"
 _PROBE = "ftcliprobe"
 _CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {"a": _PROBE}}}
@@ -49,7 +50,6 @@ class ChatTemplate:
         self.special_tokens = dict(special_tokens or {})
         self.variables = dict(variables or {})
         self.date = date or datetime.combine(datetime.now().date(), time())
-        self._known = {**self.special_tokens, **self.variables, "strftime_now": self.date.strftime}
 
     @property
     def is_dated(self) -> bool:
@@ -64,21 +64,26 @@ class ChatTemplate:
         """
         import jinja2
 
+        compiled, known = self._compiled
+        variables = {
+            **known,
+            "messages": self._fill_content(_name_reasoning(messages)),
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": prompt,
+        }
         try:
-            text: str = self._compiled.render(
-                messages=self._fill_content(_name_reasoning(messages)),
-                tools=tools,
-                documents=None,
-                add_generation_prompt=prompt,
-                **self._known,
-            )
+            # what Template.render does, but for the copy of all globals that it makes at each call
+            environment = compiled.environment
+            context = environment.context_class(environment, variables, compiled.name, compiled.blocks)
+            text: str = environment.concat(compiled.root_render_func(context))
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
             raise ContentError(f"the chat template refuses the messages: {error}") from error
         return text
 
     def _fill_content(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
         """``messages`` with an empty text where content is null, if this template does not know null."""
-        if all(message["content"] is not None for message in messages) or self._knows_null:
+        if None not in [message["content"] for message in messages] or self._knows_null:
             return messages
         return [message if message["content"] is not None else {**message, "content": ""} for message in messages]
 
@@ -105,7 +110,8 @@ class ChatTemplate:
         return True
 
     @cached_property
-    def _compiled(self) -> Any:
+    def _compiled(self) -> tuple[Any, dict[str, Any]]:
+        """The template, and all that it knows besides messages and tools."""
         if not self.source:
             raise ContentError(
                 "the tokenizer has no chat template",
@@ -117,11 +123,13 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         try:
-            return _compile_jinja_template(self.source)
+            compiled = _compile_jinja_template(self.source)
         except (jinja2.TemplateError, RecursionError) as error:
             line = getattr(error, "lineno", None)
             place = f" (line {line})" if line else ""
             raise ContentError(f"the chat template is no valid Jinja: {error}{place}") from error
+        own = {**self.special_tokens, **self.variables, "strftime_now": self.date.strftime}
+        return compiled, {**compiled.globals, **own}
 
     def find_turn_ends(self, added: re.Pattern[str]) -> tuple[str, ...]:
         """The tokens (of those that ``added`` matches) that end an answer, and a turn of tool calls if another does.
@@ -191,11 +199,11 @@ def read_template(name: str) -> str:
 
 def _name_reasoning(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """``messages`` with an answer's reasoning under the names that templates read, whichever the row has."""
-    if not any(key in message for message in messages for key in _REASONING):
+    if all(_IS_REASONING.isdisjoint(message) for message in messages):
         return messages
     named = []
     for message in messages:
-        reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+        reasoning = next((message[key] for key in REASONING_KEYS if message.get(key) is not None), None)
         if reasoning is not None:
             message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
         named.append(message)

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from enum import IntFlag
 from typing import TYPE_CHECKING, Any
 
+from ftcli.data.message import REASONING_KEYS
+
 if TYPE_CHECKING:
     from ftcli.data.chat import RenderedRow
-
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 class Trait(IntFlag):
@@ -45,7 +45,7 @@ def find_traits(rendered: RenderedRow) -> Trait:
         found |= Trait.SYSTEM_LOST
     if any(_is_lost(_name_tool(tool), texts) for tool in example.tools or ()):
         found |= Trait.TOOLS_LOST
-    reasoning = [m.extra[key].strip() for m in example.messages for key in _REASONING if _is_text(m.extra.get(key))]
+    reasoning = [m.extra[key].strip() for m in example.messages for key in REASONING_KEYS if _is_text(m.extra.get(key))]
     if any(text not in "".join(texts) for text in reasoning):
         found |= Trait.REASONING_LOST
     return found | _find_call_traits(example.messages, "".join(texts))

@@ -97,7 +97,7 @@ def _write_part(part: PartReport) -> Iterator[str]:
     most = max(entry.n_documents for entry in part.histogram)
     yield '<div class="scroll"><table><tr><th>tokens</th><th>documents</th><th class="text"></th></tr>'
     for entry in part.histogram:
-        width = round(220 * entry.n_documents / most, 1)
+        width = round(120 * entry.n_documents / most, 1)
         yield (
             f"<tr><td>{entry.first:,} – {entry.last:,}</td><td>{entry.n_documents:,}</td>"
             f'<td class="text"><span class="bar" style="width:{width}px"></span></td></tr>'
@@ -112,7 +112,7 @@ def _write_costs(report: TokenizeReport) -> Iterator[str]:
     yield '<th>stop tokens lost</th><th>packs</th><th>fill</th><th class="text"></th></tr>'
     for cost in report.costs:
         mark = "recipe " if cost.is_recipe else ""
-        mark += "← use this" if cost.is_recommended else ""
+        mark += cost.recommendation
         yield (
             f"<tr><td>{cost.max_length:,}</td><td>{cost.rows_lost:,}</td><td>{cost.target_tokens_lost:,}</td>"
             f"<td>{cost.stop_tokens_lost:,}</td><td>{cost.n_packs:,}</td><td>{cost.fill:.1%}</td>"
@@ -120,13 +120,15 @@ def _write_costs(report: TokenizeReport) -> Iterator[str]:
         )
     yield "</table></div>"
     flops = "" if report.training.flops is None else f", {report.training.flops:.2e} FLOPs"
-    yield f"<p>Training: {report.training.n_tokens:,} tokens in {report.training.epochs:g} epochs{flops}</p>"
+    yield f"<p>Training: {report.training.n_tokens:,} tokens in {report.training.epochs:g} epoch{'s' if report.training.epochs != 1 else ''}{flops}</p>"
 
 
 def _write_templates(report: TokenizeReport) -> Iterator[str]:
     if report.template.own_text is None:
         return
     yield "<h2>The model's own template, and this one</h2>"
+    yield '<div class="line"><span></span>'
+    yield f"<b>the model's own</b><b>{_write(report.template.name)}</b></div>"
     yield '<div class="line"><span></span>'
     yield f'<span class="spelled">{_write(report.template.own_text)}</span>'
     yield f'<span class="spelled">{_write(report.template.text)}</span></div>'

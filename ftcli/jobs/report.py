@@ -68,6 +68,13 @@ class LengthCost:
     is_recommended: bool = False
     is_recipe: bool = False
 
+    @property
+    def recommendation(self) -> str:
+        """Why this length is recommended, in few words; empty if it is not."""
+        if not self.is_recommended:
+            return ""
+        return "← the model's context" if self.rows_lost else "← cuts nothing"
+
 
 @dataclass(frozen=True)
 class TrainingCost:
