@@ -120,7 +120,8 @@ def _write_costs(report: TokenizeReport) -> Iterator[str]:
         )
     yield "</table></div>"
     flops = "" if report.training.flops is None else f", {report.training.flops:.2e} FLOPs"
-    yield f"<p>Training: {report.training.n_tokens:,} tokens in {report.training.epochs:g} epoch{'s' if report.training.epochs != 1 else ''}{flops}</p>"
+    epochs = f"{report.training.epochs:g} epoch{'s' if report.training.epochs != 1 else ''}"
+    yield f"<p>Training: {report.training.n_tokens:,} tokens in {epochs}{flops}</p>"
 
 
 def _write_templates(report: TokenizeReport) -> Iterator[str]:
