@@ -88,6 +88,11 @@ class DataSplit:
     sha256: str
     notices: tuple[str, ...] = ()
 
+    @property
+    def has_chats(self) -> bool:
+        """Whether a row to train on is a conversation, not a raw text."""
+        return bool(self.train.table.n_turns.any())
+
 
 @contextmanager
 def _without_collector() -> Iterator[None]:

@@ -1,7 +1,12 @@
-"""What a run leaves to be used: ``adapter/`` or ``model/``, with tokenizer and template as they were trained."""
+"""What a run leaves to be used: ``adapter/`` or ``model/``, with tokenizer and template as they were trained.
+
+Where a trained turn ends, a runtime must stop: the token is an end of sequence in the generation config that is
+saved, and the tokenizer's own where that was a token that no trained turn ends with.
+"""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +19,52 @@ from ftcli.train.prepare import Prepared
 
 def save_artifact(run: RunFolder, prepared: Prepared, built: Built) -> Path:
     """``adapter/`` (LoRA) or ``model/`` (full fine-tuning), with tokenizer and template as they were trained."""
-    model = built.model
-    is_full = prepared.recipe.peft is None
+    model, is_full = built.model, prepared.recipe.peft is None
+    base = model if is_full else model.get_base_model()
+    generation_config, tokenizer = _copy_valid(base.generation_config), prepared.renderer.tokenizer
+    if prepared.split.has_chats:
+        generation_config = _mend_generation_config(generation_config, prepared.renderer)
+        tokenizer = _mend_tokenizer(prepared.renderer)
     final = run.model if is_full else run.adapter
     with staged_folder(final) as folder:
         if is_full:
-            model.generation_config = _mend_stop_tokens(model.generation_config, prepared.renderer)
+            model.generation_config = generation_config
             model.config.use_cache = True
             model.save_pretrained(str(folder))
         else:
-            base, revision = prepared.recipe.model.name_or_path, prepared.files.revision
-            save_adapter(model, folder, initial_lora=built.initial_lora, base=base, revision=revision)
-        prepared.renderer.tokenizer.save_pretrained(str(folder))
+            name, revision = prepared.recipe.model.name_or_path, prepared.files.revision
+            save_adapter(model, folder, initial_lora=built.initial_lora, base=name, revision=revision)
+            generation_config.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
     return final
 
 
-def _mend_stop_tokens(generation_config: Any, renderer: ChatRenderer) -> Any:
+def _copy_valid(generation_config: Any) -> Any:
+    """A copy of the config; transformers refuses to save one that contradicts itself, of which the ids are kept."""
+    from transformers import GenerationConfig
+
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return GenerationConfig(**{key: getattr(generation_config, key) for key in ids})
+    return deepcopy(generation_config)
+
+
+def _mend_generation_config(generation_config: Any, renderer: ChatRenderer) -> Any:
     """The generation config with every token that ends a trained turn among its eos."""
     eos = generation_config.eos_token_id
     known = [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
-    if renderer.tokenizer.chat_template:
-        known += [token for token in renderer.end_of_turn_ids if token not in known]
-    generation_config.eos_token_id = known[0] if len(known) == 1 else known or None
+    known += [token for token in renderer.end_of_turn_ids if token not in known]
+    generation_config.eos_token_id = known[0] if len(known) == 1 else known
     return generation_config
+
+
+def _mend_tokenizer(renderer: ChatRenderer) -> Any:
+    """The tokenizer with an end of sequence that ends a trained turn; the same one if its own does."""
+    tokenizer, ends = renderer.tokenizer, renderer.find_turn_ends()
+    if tokenizer.eos_token in ends:
+        return tokenizer
+    mended = deepcopy(tokenizer)
+    mended.eos_token = ends[0]
+    return mended
