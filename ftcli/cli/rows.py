@@ -98,7 +98,7 @@ def _list_part(part: PartReport, width: int) -> Iterator[str]:
 
 
 def _list_costs(report: TokenizeReport) -> Iterator[str]:
-    yield "max_length    rows cut   trained lost      stops lost   packs     fill"
+    yield "max_length  rows cut  trained lost  stops lost   packs    fill"
     yield from map(_format_cost, report.costs)
 
 
@@ -107,8 +107,8 @@ def _format_cost(cost: LengthCost) -> str:
     if cost.recommendation:
         marks.append(cost.recommendation)
     line = (
-        f"{cost.max_length:>10,} {cost.rows_lost:>11,} {cost.target_tokens_lost:>14,} {cost.stop_tokens_lost:>15,} "
-        f"{cost.n_packs:>7,} {cost.fill:>8.1%}  {' '.join(marks)}"
+        f"{cost.max_length:>10,} {cost.rows_lost:>9,} {cost.target_tokens_lost:>13,} {cost.stop_tokens_lost:>11,} "
+        f"{cost.n_packs:>7,} {cost.fill:>7.1%}  {' '.join(marks)}"
     )
     return line.rstrip()
 

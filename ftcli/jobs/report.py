@@ -73,7 +73,7 @@ class LengthCost:
         """Why this length is recommended, in few words; empty if it is not."""
         if not self.is_recommended:
             return ""
-        return "← the model's context" if self.rows_lost else "← cuts nothing"
+        return "← context" if self.rows_lost else "← no loss"
 
 
 @dataclass(frozen=True)
