@@ -8,7 +8,9 @@ the run has pinned, so that a resumed run sees the same text.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, time
 from functools import cached_property
 from importlib.resources import files
@@ -22,6 +24,8 @@ from ftcli.recipe import BUNDLED_TEMPLATES
 
 _IS_REASONING = frozenset(REASONING_KEYS)
 _NO_END = "the chat template writes no end-of-turn token after an answer"
+_TOO_LONG, _MOST_SECONDS = "the chat template takes longer than 20 s for one row", 20
+_TOO_MUCH, _MOST_CHARACTERS = "the chat template writes too much", 1 << 28
 _PROBE = "ftcliprobe"
 _CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {"a": _PROBE}}}
 # what only ever is a control token: <|eot_id|>, <｜User｜>, <start_of_turn>, [INST]
@@ -49,6 +53,7 @@ class ChatTemplate:
         self.source = source
         self.special_tokens = dict(special_tokens or {})
         self.variables = dict(variables or {})
+        self._is_endless = False
         self.date = date or datetime.combine(datetime.now().date(), time())
 
     @property
@@ -72,14 +77,36 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": prompt,
         }
+        # what Template.render does, but for the copy of all globals that it makes at each call
+        context = compiled.environment.context_class(compiled.environment, variables, compiled.name, compiled.blocks)
+        is_timed = self._start_clock()
         try:
-            # what Template.render does, but for the copy of all globals that it makes at each call
-            environment = compiled.environment
-            context = environment.context_class(environment, variables, compiled.name, compiled.blocks)
-            text: str = environment.concat(compiled.root_render_func(context))
+            text = _join_parts(compiled.root_render_func(context))
+        except MemoryError as error:
+            raise ContentError(_TOO_MUCH, why="it asks for more memory than there is") from error
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
             raise ContentError(f"the chat template refuses the messages: {error}") from error
+        finally:
+            if is_timed:
+                signal.setitimer(signal.ITIMER_REAL, 0)
         return text
+
+    def _start_clock(self) -> bool:
+        """Whether a clock runs that ends this rendering; a template from the Hub may loop for ever.
+
+        Python hears signals in its main thread only.
+        """
+        if self._is_endless:
+            raise ContentError(_TOO_LONG, why="it did so on a row before")
+        if threading.current_thread() is not threading.main_thread():
+            return False
+        signal.signal(signal.SIGALRM, self._stop_rendering)
+        signal.setitimer(signal.ITIMER_REAL, _MOST_SECONDS)
+        return True
+
+    def _stop_rendering(self, number: int, frame: Any) -> None:
+        self._is_endless = True
+        raise ContentError(_TOO_LONG, hint="look at its loops, or use another chat_template")
 
     def _fill_content(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
         """``messages`` with an empty text where content is null, if this template does not know null."""
@@ -173,6 +200,18 @@ class ChatTemplate:
         return [token for token in dict.fromkeys(found) if "'" not in token and '"' not in token]
 
 
+def _join_parts(parts: Iterable[str]) -> str:
+    """The text of a rendering, which a template of a few lines can make larger than the memory."""
+    written: list[str] = []
+    n_characters = 0
+    for part in parts:
+        n_characters += len(part)
+        if n_characters > _MOST_CHARACTERS:
+            raise ContentError(_TOO_MUCH, why=f"more than {_MOST_CHARACTERS:,} characters for one row")
+        written.append(part)
+    return "".join(written)
+
+
 def _list_adjacent(added: re.Pattern[str], text: str) -> list[str]:
     """The tokens with which ``text`` begins, without a blank (some vocabularies have tokens for these) between them."""
     tokens: list[str] = []
@@ -194,7 +233,8 @@ def read_template(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the chat template cannot be read: {error}", where=name) from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UsageError(f"the chat template cannot be read: {reason}", where=name) from error
 
 
 def _name_reasoning(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
