@@ -158,6 +158,18 @@ class ChatTemplate:
         own = {**self.special_tokens, **self.variables, "strftime_now": self.date.strftime}
         return compiled, {**compiled.globals, **own}
 
+    def render_sample(self) -> str:
+        """A small chat, with a system text where the template takes one; in brackets why it takes none at all."""
+        turns = [{"role": "user", "content": "Question?"}, {"role": "assistant", "content": "Answer."}]
+        try:
+            return self.render([{"role": "system", "content": "Rules."}, *turns])
+        except ContentError:
+            pass
+        try:
+            return self.render(turns)
+        except ContentError as error:
+            return f"({error.what})"
+
     def find_turn_ends(self, added: re.Pattern[str]) -> tuple[str, ...]:
         """The tokens (of those that ``added`` matches) that end an answer, and a turn of tool calls if another does.
 

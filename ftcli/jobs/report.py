@@ -163,24 +163,13 @@ def _report_template(tokenized: Tokenized) -> TemplateReport:
         ends = renderer.find_turn_ends()
     except ContentError:
         ends = ()
-    text, own_text = _render_sample(renderer.template), None
+    text, own_text = renderer.template.render_sample(), None
     if asked != "auto":
         own = load_tokenizer(tokenized.files).chat_template
         if own and own != renderer.template.source:
-            own_text = _render_sample(ChatTemplate(own, renderer.template.special_tokens, renderer.template.variables))
+            own_template = ChatTemplate(own, renderer.template.special_tokens, renderer.template.variables)
+            own_text = own_template.render_sample()
     return TemplateReport("the model's own" if asked == "auto" else asked, ends, text, own_text)
-
-
-def _render_sample(template: ChatTemplate) -> str:
-    turns = [{"role": "user", "content": "Question?"}, {"role": "assistant", "content": "Answer."}]
-    try:
-        return template.render([{"role": "system", "content": "Rules."}, *turns])
-    except ContentError:
-        pass
-    try:
-        return template.render(turns)
-    except ContentError as error:
-        return f"({error.what})"
 
 
 def _report_part(part: Part, stop_ids: Sequence[int]) -> PartReport:
@@ -269,9 +258,24 @@ def _cost_length(documents: Documents, max_length: int, stop_ids: Sequence[int])
     )
 
 
+def _count_epochs(tokenized: Tokenized) -> float:
+    """The epochs of the recipe, or those that its ``max_steps`` make."""
+    recipe = tokenized.recipe
+    if recipe.train.max_steps is None:
+        return recipe.train.num_train_epochs
+    from ftcli.train.loop import plan_run
+
+    try:
+        plan = plan_run(recipe, build_set(tokenized.parts[0], tokenized.data).documents)
+    except ContentError:  # rows that cannot be trained on are among the findings
+        return recipe.train.num_train_epochs
+    epoch, index = plan.locate(plan.total_steps)
+    return round(epoch + (index + 1) / plan.epoch_steps[epoch], 3)
+
+
 def _report_training(tokenized: Tokenized, documents: Documents, tokens_per_second: float | None) -> TrainingCost:
     recipe = tokenized.recipe
-    epochs = recipe.train.num_train_epochs
+    epochs = _count_epochs(tokenized)
     lengths = documents.end - documents.begin
     n_tokens = round(float((lengths * documents.weight).sum()) * epochs)
     seconds = n_tokens / tokens_per_second if tokens_per_second else None

@@ -134,6 +134,18 @@ def test_flops_are_those_of_the_trained_matrices(write_recipe: Any, tmp_path: Pa
     assert flops == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
+def test_training_cost_follows_the_steps_of_the_recipe(write_recipe: Any) -> None:
+    def count(*overrides: str) -> tuple[float, int]:
+        training = call_json(write_recipe(), *(word for text in overrides for word in ("--set", text)))["training"]
+        return training["epochs"], training["n_tokens"]
+
+    _, n_tokens = count("train.max_steps=null", "train.num_train_epochs=1")  # 12 rows, 4 a step
+    assert count("train.max_steps=null", "train.num_train_epochs=2.5") == (2.5, round(2.5 * n_tokens))
+    assert count("train.max_steps=6") == (2.0, 2 * n_tokens)
+    seconds = call_json(write_recipe(), "--tokens-per-second", 100)["training"]["seconds"]
+    assert seconds == pytest.approx(2 * n_tokens / 100)
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 def test_everything_fits_the_terminal(tmp_path: Path, tiny_model: Path, columns: int) -> None:
     folder = tmp_path / "a folder with a long name" / ("x" * 60)
