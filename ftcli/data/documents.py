@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, overload
@@ -176,8 +177,8 @@ def join_tables(tables: Sequence[RowTable]) -> RowTable:
             "first_document": table.first_document[:-1] + n_documents,
             "first_token": table.first_token[:-1] + n_tokens,
         }
-        for name, array in moved.items():
-            parts[name].append(array)
+        for name, values in moved.items():
+            parts[name].append(values)
         files += table.files
         n_documents += len(table.first_token) - 1
         n_tokens += len(table.ids)
@@ -212,13 +213,11 @@ class _TableBuilder:
     files: dict[str, tuple[int, str]] = field(default_factory=dict)  # name → index, format
     rows: list[tuple[int, ...]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    ids: list[Ints] = field(default_factory=list)
-    mask: list[Ints] = field(default_factory=list)
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    mask: bytearray = field(default_factory=bytearray)
     failures: list[ContentError] = field(default_factory=list)
 
     def add(self, batch: Sequence[RenderedRow]) -> None:
-        ids: list[int] = []
-        mask: list[bool] = []
         for rendered in batch:
             if rendered.error:
                 self.failures.append(rendered.error)
@@ -226,10 +225,8 @@ class _TableBuilder:
             self._add_row(rendered)
             for document in rendered.documents:
                 self.lengths.append(len(document.ids))
-                ids += document.ids
-                mask += document.mask
-        self.ids.append(np.array(ids, dtype=np.int32))
-        self.mask.append(np.array(mask, dtype=np.uint8))
+                self.ids.fromlist(document.ids)
+                self.mask += bytes(document.mask)
 
     def _add_row(self, rendered: RenderedRow) -> None:
         example = rendered.example
@@ -264,8 +261,8 @@ class _TableBuilder:
             traits=np.array(traits, dtype=np.int32),
             first_document=_add_up(n_documents),
             first_token=_add_up(self.lengths),
-            ids=np.concatenate(self.ids) if self.ids else np.zeros(0, dtype=np.int32),
-            mask=np.concatenate(self.mask) if self.mask else np.zeros(0, dtype=np.uint8),
+            ids=np.frombuffer(self.ids, dtype=np.int32),
+            mask=np.frombuffer(self.mask, dtype=np.uint8),
         )
 
 
