@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Any
 
 import typer
@@ -13,7 +15,7 @@ from typer.exceptions import Abort, TyperException
 
 from ftcli import __version__
 from ftcli.cli import chat, console, env, recipe, tokenize, train
-from ftcli.errors import FtcliError, UsageError
+from ftcli.errors import DiskError, FtcliError, Interrupted, UsageError
 
 
 class ErrorGroup(TyperGroup):
@@ -28,12 +30,26 @@ class ErrorGroup(TyperGroup):
             code = console.show_error(error, as_json="--json" in words)
         except (KeyboardInterrupt, Abort):
             code = console.show_stop(as_json="--json" in words)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output is gone
-            code = 0
         except TyperException as error:
             code = self._show_usage(error, words)
         sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        """What the command returns; what typer would turn into an exit code of its own is dealt with here."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            raise Interrupted("stopped by SIGINT", signal_number=2) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output is gone
+            return 0
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer is lost too
+            raise DiskError("the output cannot be written: the disk is full") from error
+        return result
 
     def _show_usage(self, error: Any, words: Sequence[str]) -> int:
         context: Any = getattr(error, "ctx", None)
@@ -78,4 +94,7 @@ def root(
 
 def main() -> None:
     """Nothing: runs the command line and exits."""
+    for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that are no text
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 _PLAIN_LINES = 20  # about as many step lines as a log of a whole run should have
 _SAMPLES_SHOWN = 3
+_LONGEST_LINE = 2000
 
 
 def print_text(text: str = "") -> None:
@@ -55,7 +56,7 @@ def show_error(error: FtcliError, *, as_json: bool) -> int:
         details = {
             "code": error.code,
             "exit": error.exit_code,
-            "message": error.what,
+            "message": f"{error.what}\n{error.why}" if error.why else error.what,
             "where": error.where or None,
             "hint": error.hint or None,
         }
@@ -63,8 +64,15 @@ def show_error(error: FtcliError, *, as_json: bool) -> int:
     label = "error:"
     if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
         label = f"\x1b[1;31m{label}\x1b[0m"
-    print_talk(f"{label} {error}")
+    print_talk(f"{label} {make_printable(str(error))}")
     return error.exit_code
+
+
+def make_printable(text: str) -> str:
+    """``text`` without control characters, which data and names may hold, and no line of it endless."""
+    lines = text.split("\n")
+    shown = [line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]} …" for line in lines]
+    return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in shown)
 
 
 def show_stop(*, as_json: bool) -> int:
@@ -149,7 +157,7 @@ def describe_event(event: Event) -> str:
     if isinstance(event, Stage):
         return f"{event.name:<10} {event.detail}"
     if isinstance(event, Notice):
-        return f"notice: {event.text}"
+        return f"notice: {make_printable(event.text)}"
     if isinstance(event, EvalDone):
         score = "" if event.score is None else f"  score {event.score:.1%} of {event.n_rows}"
         return f"eval       {event.dataset} after step {event.step}: loss {event.loss:.4f}{score}"

@@ -239,7 +239,7 @@ def _join_places(places: Sequence[str]) -> str:
 
 def _shorten_path(place: str) -> str:
     """``place`` as seen from the working folder."""
-    return place.removeprefix(f"{os.getcwd()}/")
+    return _show(place.removeprefix(f"{os.getcwd()}/"))
 
 
 def _shorten(text: str, width: int) -> str:

@@ -90,9 +90,9 @@ class ByteLevelEncoder:
         if pattern is None or type(model).__name__ != "BPE" or any(getattr(model, key) for key in odd):
             return None
         tokens = backend.get_added_tokens_decoder().values()
-        if any(token.lstrip or token.rstrip or token.single_word for token in tokens):
+        if any(token.lstrip or token.rstrip or token.single_word or token.normalized for token in tokens):
             return None
-        if normalizer not in (None, "NFC") or (normalizer and any(token.normalized for token in tokens)):
+        if normalizer not in (None, "NFC"):
             return None
         split = _compile_split(pattern)
         if split is None:

@@ -24,7 +24,7 @@ from ftcli.errors import DiskError
 from ftcli.store.cache import find_cache, prune_cache
 from ftcli.store.file import hash_file, staged_folder, write_json
 
-_VERSION = 2  # of the arrays and of what the flags mean
+_VERSION = 3  # of the arrays and of what the flags mean
 
 
 def name_entry(values: Mapping[str, Any]) -> str:

@@ -62,6 +62,13 @@ _TRAITS: dict[Trait, tuple[Severity, str, str, str, str]] = {
         'the template encodes arguments itself, and a text of JSON becomes "{\\"…\\"}"',
         "give arguments as an object, not as a text",
     ),
+    Trait.CONTENT_LOST: (
+        "warning",
+        "content-lost",
+        "have text in a question or an answer that the template does not write as it stands",
+        "the template cuts or changes it, and so does inference",
+        "look at the rows with --row; a </think> in the middle of an answer does that, say",
+    ),
     Trait.REASONING_LOST: (
         "warning",
         "reasoning-lost",
@@ -145,10 +152,10 @@ def _check_bos(part: Rows, renderer: ChatRenderer) -> Iterator[Finding]:
     table, bos = part.table, renderer.tokenizer.bos_token_id
     if bos is None or not len(table.ids):
         return
-    first = table.first_token[:-1]
+    first = table.first_token[:-1][np.diff(table.first_token) > 0]
     second = np.minimum(first + 1, len(table.ids) - 1)
     has_bos = table.ids[first] == bos
-    twice = has_bos & (table.ids[second] == bos) & (second < table.first_token[1:])
+    twice = has_bos & (table.ids[second] == bos) & ~np.isin(second, first)
     yield from _tell(
         part,
         _flag_rows(table, first[twice]),

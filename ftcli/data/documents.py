@@ -196,7 +196,9 @@ def select_documents(table: RowTable, rows: Ints, weight: Ints) -> Documents:
 
 def hash_example(example: Example) -> int:
     """A 64-bit hash of what the row says, the same for equal rows wherever they stand."""
-    turns = [f"{m.role}{_ROLE}{m.content}" for m in example.messages]
+    turns = [
+        f"{m.role}{_ROLE}{-1 if m.content is None else len(m.content)}{_ROLE}{m.content}" for m in example.messages
+    ]
     text = _TURN.join(turns) if example.text is None else _ROLE + example.text
     extras = [m.extra for m in example.messages]
     if example.tools or any(extras):
@@ -241,7 +243,7 @@ class _TableBuilder:
                 sum(len(text.split()) for text in texts),
                 self.renderer.encoder.count_tokens(texts) if is_sampled else -1,
                 len(example.messages),
-                int(find_traits(rendered)),
+                int(find_traits(rendered, self.renderer.encoder.spell_out)),
                 len(rendered.documents),
             )
         )

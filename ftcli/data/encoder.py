@@ -53,6 +53,7 @@ class TextEncoder:
     tokenizer: Any
     notices: list[str] = field(default_factory=list)
     _n_fast: int = 0
+    _uses_byte_level: bool = True
     _uses_ids: bool = True
     _byte_level: ByteLevelEncoder | None = None
     _literal: Any = None
@@ -64,11 +65,12 @@ class TextEncoder:
         self.special = match_any(token.content for _, token in tokens if token.special)
         self._special_texts = sorted(token.content for _, token in tokens if token.special)
         self._added_ids = {token.content: number for number, token in tokens}
+        self._eats_blanks = any(token.lstrip or token.rstrip for _, token in tokens)
         self._added_id_set = frozenset(self._added_ids.values())
 
     def expect(self, n_characters: int) -> None:
         """Nothing; the byte-level way is set up if so many characters to come make it pay."""
-        if self._byte_level is None and n_characters >= _WORTH_IT and self._uses_ids:
+        if self._byte_level is None and n_characters >= _WORTH_IT and self._uses_byte_level:
             self._byte_level = ByteLevelEncoder.build(self.tokenizer, self.added)
 
     def encode(self, texts: Sequence[MarkedText]) -> list[Encoded | ContentError]:
@@ -110,7 +112,7 @@ class TextEncoder:
         self.notices.append(f"{name} disagrees with the tokenizer on this data; going on without it, more slowly")
         if self._byte_level is None:
             self._uses_ids = False
-        self._byte_level = None
+        self._byte_level, self._uses_byte_level = None, False
 
     # --- by ids
 
@@ -162,6 +164,8 @@ class TextEncoder:
         mask = [False] * len(ids)
         index = 0
         for start, end in marked.spans:
+            if self._eats_blanks and marked.text[start].isspace():
+                return None  # which only offsets show
             while index < len(tokens) and tokens[index].end() <= start:
                 index += 1
             if index == 0:

@@ -15,6 +15,7 @@ from ftcli.data.message import (
     ROLES,
     Example,
     build_row_error,
+    check_preference,
     detect_format,
     read_example,
     suggest_name,
@@ -60,13 +61,15 @@ def read_examples(
     detected = "" if format == "auto" else format
     for row in rows:
         try:
+            if format == "auto":
+                check_preference(row)
             detected = detected or detect_format(row)
             examples.append(read_example(row, detected, require_assistant=require_assistant))
         except ContentError as error:
             if not detected and skipped is None:
                 raise
             problems.append(Problem(error.what, error.where, error.hint))
-    if skipped is None or not examples:
+    if skipped is None:
         check_problems(problems)
     else:
         skipped += problems

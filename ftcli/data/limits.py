@@ -51,4 +51,4 @@ def _read_eos(files: ModelFiles, config: dict[str, Any]) -> tuple[int, ...]:
         given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
     except (OSError, ValueError, AttributeError):
         given = config.get("eos_token_id")
-    return tuple(given) if isinstance(given, list) else () if given is None else (int(given),)
+    return tuple(token for token in (given if isinstance(given, list) else [given]) if isinstance(token, int))

@@ -19,10 +19,10 @@ from ftcli.data.cache import load_table, name_entry, save_table
 from ftcli.data.chat import ChatRenderer
 from ftcli.data.documents import Documents, Ints, RowTable, build_table, join_tables, select_documents
 from ftcli.data.example import read_examples
-from ftcli.data.message import Example
-from ftcli.data.source import Source, find_sources, hash_sources
+from ftcli.data.message import ROLES, Example, suggest_name
+from ftcli.data.source import Source, check_problems, find_sources, hash_sources
 from ftcli.data.tokenizer import hash_tokenizer
-from ftcli.errors import ContentError, Problem
+from ftcli.errors import ContentError, Problem, UsageError
 from ftcli.recipe import DataSection, DatasetSection, RowsSection
 
 _PLACES_SHOWN = 5
@@ -128,6 +128,7 @@ class Reading:
         Raises:
             ContentError: rows that cannot be read or rendered.
         """
+        check_train_on(section.train_on)
         sources = find_section(section)
         self.hashes.append(hash_sources(sources))
         name = name_entry(self._list_origins(section, sources))
@@ -143,6 +144,8 @@ class Reading:
 
     def _build(self, section: RowsSection, sources: Sequence[Source]) -> RowTable:
         examples = read_section(section, sources, self.skipped)
+        if not examples:
+            check_problems(self.skipped or ())
         failures: list[ContentError] | None = None if self.skipped is None else []
         table = build_table(examples, self.renderer, section.train_on, skipped=failures, on_progress=self.on_progress)
         if self.skipped is not None:
@@ -161,6 +164,18 @@ class Reading:
             "variables": template.variables,
             "date": template.date.isoformat() if template.is_dated else None,
         }
+
+
+def check_train_on(train_on: str | Sequence[str]) -> None:
+    """None if a list of ``train_on`` holds roles that messages can have.
+
+    Raises:
+        UsageError: naming one that they cannot.
+    """
+    for role in () if isinstance(train_on, str) else train_on:
+        if role not in ROLES:
+            what = f"{role} is no role; the roles are {', '.join(ROLES)}"
+            raise UsageError(what, where="datasets[].train_on", hint=suggest_name(role, ROLES))
 
 
 def find_section(section: RowsSection) -> list[Source]:

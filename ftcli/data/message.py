@@ -41,6 +41,7 @@ _SPEAKERS = {
 }
 _NOTHING: dict[str, Any] = {}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_PREFERENCE_KEYS = frozenset(("chosen", "rejected", "kto_tag", "label"))
 _OWN_KEYS = ("role", "content", "train", "weight")
 
 
@@ -81,24 +82,37 @@ def detect_format(row: Row) -> str:
     Raises:
         ContentError: no format fits, or the row compares answers (a preference set).
     """
+    check_preference(row)
     keys = [key for key, value in row.value.items() if value is not None]
-    fitting = _list_fitting(row)
-    compared: list[str] = [key for key in ("chosen", "rejected", "kto_tag") if key in keys]
-    if "completion" in keys and isinstance(row.value.get("label"), bool):
-        compared.append("label")
-    if compared:
-        raise ContentError(
-            f"a row of preferences (its keys: {', '.join(keys)})",
-            where=row.place,
-            why=f"ftcli trains on demonstrations; preferences ({', '.join(compared)}) are not supported",
-            hint=f"to train on its {fitting[0]} alone, set type: {fitting[0]}" if fitting else "",
-        )
-    if fitting:
+    if fitting := _list_fitting(row):
         return fitting[0]
     needs = "\n  ".join(f"{name} needs {' and '.join(needed)}" for name, needed in KEYS_NEEDED.items())
     what = f"no known format has the keys {', '.join(keys) or '(none)'}"
     hint = "say which column is which, such as columns: {prompt: question, completion: answer}"
     raise ContentError(what, where=row.place, why=needs, hint=hint)
+
+
+def check_preference(row: Row) -> None:
+    """None if the row shows what to learn, not which of two answers is better or whether one is good.
+
+    Raises:
+        ContentError: it does the latter; learning it all would teach what was marked as bad.
+    """
+    if _PREFERENCE_KEYS.isdisjoint(row.value):
+        return
+    value = row.value
+    compared = [key for key in ("chosen", "rejected", "kto_tag") if value.get(key) is not None]
+    label = value.get("label")
+    if value.get("completion") is not None and (isinstance(label, bool) or str(label).lower() in ("true", "false")):
+        compared.append("label")
+    if compared:
+        fitting = _list_fitting(row)
+        raise ContentError(
+            f"a row of preferences (its keys: {', '.join(key for key in value if value[key] is not None)})",
+            where=row.place,
+            why=f"ftcli trains on demonstrations; preferences ({', '.join(compared)}) are not supported",
+            hint=f"to train on its {fitting[0]} alone, set type: {fitting[0]}" if fitting else "",
+        )
 
 
 def read_example(row: Row, format: str, *, require_assistant: bool = True) -> Example:  # noqa: A002
@@ -159,11 +173,25 @@ def _read_message(row: Row, turn: Any, place: str, content_key: str = "content")
     calls = extra.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise build_row_error(row, f"{place}.tool_calls: not a list of objects")
+    for i, call in enumerate(calls):
+        _check_call(row, call, f"{place}.tool_calls[{i}]")
     content = _read_content(row, turn.get("content"), f"{place}.{content_key}")
     says_nothing = not calls and not (role == "assistant" and any(key in extra for key in REASONING_KEYS))
     if content is None and says_nothing:
         raise build_row_error(row, f"{place}.{content_key}: null or missing where a text belongs")
     return Message(role, content, _read_train(row, turn, place), extra)
+
+
+def _check_call(row: Row, call: dict[str, Any], place: str) -> None:
+    """None if a call names its function, and has arguments that are an object or the JSON text of one."""
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise build_row_error(row, f"{place}: no function with a name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and arguments.strip():
+        arguments = _parse_field(row, arguments, f"{place}: arguments")
+    if arguments is not None and not isinstance(arguments, dict | str):
+        raise build_row_error(row, f"{place}: arguments: {name_type(arguments)} where an object belongs")
 
 
 def _read_content(row: Row, content: Any, place: str) -> str | None:

@@ -112,7 +112,7 @@ def find_sources(reference: str, *, config: str | None = None, split: str = "tra
 
 
 def read_rows(source: Source | Path, skipped: list[Problem] | None = None) -> list[Row]:
-    """The rows of a source in its order; never an empty list.
+    """The rows of a source in its order; an empty list only where all of them were skipped.
 
     Lines of JSONL end at ``\\n`` (or ``\\r\\n``) alone: U+2028 may stand inside a string.
 
@@ -145,7 +145,7 @@ def read_rows(source: Source | Path, skipped: list[Problem] | None = None) -> li
         why = why if raw else "the file is empty"
     if not rows and not problems:
         raise ContentError("no rows", where=source.name, why=why)
-    if skipped is None or not rows:
+    if skipped is None:
         check_problems(problems)
     else:
         skipped += problems

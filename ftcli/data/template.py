@@ -27,6 +27,7 @@ _NO_END = "the chat template writes no end-of-turn token after an answer"
 _TOO_LONG, _MOST_SECONDS = "the chat template takes longer than 20 s for one row", 20
 _TOO_MUCH, _MOST_CHARACTERS = "the chat template writes too much", 1 << 28
 _PROBE = "ftcliprobe"
+_NULL_CONTENTS: tuple[dict[str, Any], ...] = ({}, {"content": None}, {"content": ""})
 _CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": {"a": _PROBE}}}
 # what only ever is a control token: <|eot_id|>, <｜User｜>, <start_of_turn>, [INST]
 _PIPED = re.compile(r"<[|｜][^|｜<>\s]{1,40}[|｜]>")
@@ -67,7 +68,6 @@ class ChatTemplate:
         Raises:
             ContentError: there is no template, or it refuses the messages (with its own words).
         """
-        import jinja2
 
         compiled, known = self._compiled
         variables = {
@@ -84,7 +84,9 @@ class ChatTemplate:
             text = _join_parts(compiled.root_render_func(context))
         except MemoryError as error:
             raise ContentError(_TOO_MUCH, why="it asks for more memory than there is") from error
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
+        except ContentError:
+            raise
+        except Exception as error:  # a template is a program, and may fail like one
             raise ContentError(f"the chat template refuses the messages: {error}") from error
         finally:
             if is_timed:
@@ -109,32 +111,29 @@ class ChatTemplate:
         raise ContentError(_TOO_LONG, hint="look at its loops, or use another chat_template")
 
     def _fill_content(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        """``messages`` with an empty text where content is null, if this template does not know null."""
-        if None not in [message["content"] for message in messages] or self._knows_null:
+        """``messages`` with what this template bears in the place of content that is null."""
+        if None not in [message["content"] for message in messages]:
             return messages
-        return [message if message["content"] is not None else {**message, "content": ""} for message in messages]
+        filled = []
+        for message in messages:
+            if message["content"] is None:
+                message = {key: value for key, value in message.items() if key != "content"} | self._null_content
+            filled.append(message)
+        return filled
 
     @cached_property
-    def _knows_null(self) -> bool:
-        """Whether null content does no harm: many templates stumble over it, or write ``None``.
+    def _null_content(self) -> dict[str, Any]:
+        """What stands for null content: no key, as transformers has it; null or an empty text where that fails.
 
-        A turn of tool calls has no content, and runtimes differ in what they hand to the template.
+        A turn of tool calls has no content, and many templates stumble over that, or write ``None``.
         """
         turns = ({"tool_calls": [_CALL]}, {"reasoning_content": _PROBE, "thinking": _PROBE})
-        self.__dict__["_knows_null"] = True  # while this is found out, null is handed on
-        for turn in turns:
-            asked = {"role": "user", "content": "a"}
-            try:
-                if "None" not in self.render([asked, {"role": "assistant", "content": None, **turn}]):
-                    continue
-            except ContentError:
-                pass
-            try:
-                self.render([asked, {"role": "assistant", "content": "", **turn}])
-            except ContentError:
-                continue  # it refuses such a turn whatever its content
-            return False
-        return True
+        ask, scores = {"role": "user", "content": "a"}, []
+        for given in _NULL_CONTENTS:
+            self.__dict__["_null_content"] = given  # while this is found out
+            texts = [self._try_render([ask, {"role": "assistant", "content": None, **turn}]) for turn in turns]
+            scores.append(sum(text is not None and "None" not in text for text in texts))
+        return _NULL_CONTENTS[scores.index(max(scores))]
 
     @cached_property
     def _compiled(self) -> tuple[Any, dict[str, Any]]:
@@ -189,18 +188,19 @@ class ChatTemplate:
             )
         # a turn's end stands there before another question too; an end of text may follow behind the last turn
         last = _list_adjacent(added, rest)
-        inner = _list_adjacent(added, self._render_after([ask, answer, ask]))
+        inner = _list_adjacent(added, _cut_probe(self._try_render([ask, answer, ask])))
         common = [token for token, other in takewhile(lambda pair: pair[0] == pair[1], zip(last, inner, strict=False))]
         end = (common or last[:1])[-1]
-        called = added.findall(self._render_after([ask, {"role": "assistant", "content": None, "tool_calls": [_CALL]}]))
+        call = {"role": "assistant", "content": None, "tool_calls": [_CALL]}
+        called = added.findall(_cut_probe(self._try_render([ask, call])))
         return (end, *(called[-1:] if end not in called else ()))
 
-    def _render_after(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """What the template writes behind the probe in ``messages``; nothing where it refuses them."""
+    def _try_render(self, messages: Sequence[Mapping[str, Any]]) -> str | None:
+        """The text of ``messages``, None where the template refuses them."""
         try:
-            return self.render(messages).rpartition(_PROBE)[2].lstrip()
+            return self.render(messages)
         except ContentError:
-            return ""
+            return None
 
     def list_control_tokens(self, *, strict: bool) -> list[str]:
         """The control tokens that the source writes; with ``strict`` also those in brackets and words.
@@ -224,6 +224,11 @@ def _join_parts(parts: Iterable[str]) -> str:
     return "".join(written)
 
 
+def _cut_probe(text: str | None) -> str:
+    """What stands behind the last probe in ``text``."""
+    return (text or "").rpartition(_PROBE)[2].lstrip()
+
+
 def _list_adjacent(added: re.Pattern[str], text: str) -> list[str]:
     """The tokens with which ``text`` begins, without a blank (some vocabularies have tokens for these) between them."""
     tokens: list[str] = []
@@ -244,7 +249,7 @@ def read_template(name: str) -> str:
         return (files("ftcli.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8").removesuffix("\n")
     try:
         return Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UsageError(f"the chat template cannot be read: {reason}", where=name) from error
 

@@ -44,9 +44,10 @@ def load_tokenizer(files: ModelFiles, *, chat_template: str = "auto", trust_remo
         tokenizer = AutoTokenizer.from_pretrained(
             str(files.folder), trust_remote_code=trust_remote_code, local_files_only=True, **options
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # damaged files fail in as many ways as there are libraries that read them
+        reason = (str(error).splitlines() or [""])[0]
         raise ContentError(
-            "the tokenizer cannot be loaded", where=files.reference, why=str(error).splitlines()[0]
+            "the tokenizer cannot be loaded", where=files.reference, why=f"{type(error).__name__}: {reason}"
         ) from error
     if not tokenizer.is_fast:
         raise ContentError(
@@ -73,9 +74,17 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str] | Mapping[str, str]) -> New
     control tokens that the chat template writes are special, so that a message cannot spell them.
 
     Raises:
-        UsageError: a token is in the vocabulary already.
+        UsageError: a token is in the vocabulary already, or no word.
     """
     described = dict(tokens) if isinstance(tokens, Mapping) else dict.fromkeys(tokens, "")
+    for token in described:
+        if token != token.strip() or not token.isprintable():
+            raise UsageError(
+                f"{token!r} has blanks around it or control characters in it",
+                where="tokenizer.add_tokens",
+                why="such a token would be cut out of every text that holds it",
+                hint="name the word alone",
+            )
     vocabulary = tokenizer.get_vocab()
     if known := [token for token in described if token in vocabulary]:
         raise UsageError(

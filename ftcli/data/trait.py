@@ -7,7 +7,7 @@ mean to a person, `check` says.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntFlag
 from typing import TYPE_CHECKING, Any
 
@@ -27,21 +27,28 @@ class Trait(IntFlag):
     CALLS_LOST = 16  # nor are the tool calls
     REASONING_LOST = 32  # nor is the reasoning
     CALLS_QUOTED = 64  # arguments, given as text, stand in it as quoted text
+    CONTENT_LOST = 128  # a part of a question or an answer is not in it
 
 
-def find_traits(rendered: RenderedRow) -> Trait:
-    """The flags of one rendered row."""
+def find_traits(rendered: RenderedRow, spell_out: Callable[[str], str]) -> Trait:
+    """The flags of one rendered row; ``spell_out`` puts typed special tokens in the place of their markers."""
     found = Trait(0)
     example = rendered.example
     if any(text.is_protected for text in rendered.texts):
         found |= Trait.TYPED_SPECIAL
     if len(rendered.texts) > 1:
         found |= Trait.SPLIT
-    if not rendered.texts or (example.messages[0].role == "user" and not example.tools and not _has_extra(example)):
+    if not rendered.texts:
         return found
-    texts = [text.text for text in rendered.texts]
-    system = [m.content.strip() for m in example.messages if m.role in ("system", "developer") and m.content]
-    if any(_is_lost(text, texts) for text in system):
+    texts = [spell_out(text.text) if text.is_protected else text.text for text in rendered.texts]
+    if _loses_content(example.messages, "".join(texts)):
+        found |= Trait.CONTENT_LOST
+    if example.messages[0].role == "user" and not example.tools and not _has_extra(example):
+        return found
+    first, *others = example.messages
+    system = [m.content.strip() for m in others if m.role in ("system", "developer") and m.content]
+    leading = first.content.strip() if first.role in ("system", "developer") and first.content else ""
+    if _is_lost(leading, texts) or any(_is_lost(text, ["".join(texts)]) for text in system):
         found |= Trait.SYSTEM_LOST
     if any(_is_lost(_name_tool(tool), texts) for tool in example.tools or ()):
         found |= Trait.TOOLS_LOST
@@ -49,6 +56,15 @@ def find_traits(rendered: RenderedRow) -> Trait:
     if any(text not in "".join(texts) for text in reasoning):
         found |= Trait.REASONING_LOST
     return found | _find_call_traits(example.messages, "".join(texts))
+
+
+def _loses_content(messages: Sequence[Any], text: str) -> bool:
+    """Whether a question or an answer does not stand in ``text`` as it is, blanks apart."""
+    missing = [m.content for m in messages if m.content and m.content not in text and m.role in ("user", "assistant")]
+    if not missing:
+        return False
+    squeezed = "".join(text.split())
+    return any("".join(content.split()) not in squeezed for content in missing)
 
 
 def _find_call_traits(messages: Sequence[Any], text: str) -> Trait:

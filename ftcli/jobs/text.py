@@ -33,6 +33,10 @@ def tokenize_text(
     Raises:
         FtcliError: neither is named, or the tokenizer cannot be loaded.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("--text is not UTF-8", hint="give it in the encoding of the terminal") from error
     if recipe is not None and Path(recipe).suffix.lower() not in (".yaml", ".yml"):
         raise UsageError("--text takes the place of the data", where=recipe, hint="leave it out, or name a recipe")
     loaded = load_recipe(Path(recipe), overrides=overrides).recipe if recipe else None
@@ -52,7 +56,7 @@ def tokenize_text(
         text=text,
         n_tokens=len(ids),
         n_characters=len(text),
-        n_bytes=len(text.encode("utf-8", "surrogatepass")),
+        n_bytes=len(text.encode()),
         ids=tuple(ids),
         pieces=tuple(reader.read(id) for id in ids),  # noqa: A001
     )

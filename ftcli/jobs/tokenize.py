@@ -62,8 +62,8 @@ def tokenize(
     Raises:
         FtcliError: the recipe, the tokenizer or the rows cannot be used, or the page cannot be written.
     """
-    if page is not None and page.is_dir():
-        raise UsageError("a folder, where a page is to be written", where=str(page), hint=f"--html {page}/rows.html")
+    if page is not None:
+        check_page(page)
     tokenized = open_target(target, model, overrides=overrides, skip_bad=skip_bad, on_event=on_event)
     report = report_rows(tokenized, tokens_per_second=tokens_per_second)
     rows = view_rows(tokenized, first=first, worst=worst, line=line)
@@ -73,3 +73,19 @@ def tokenize(
         write_text(page, build_page(report, on_page, words))
         on_event(Saved(str(page)))
     return TokenizeResult(report, tuple(rows), words, str(page) if page else None)
+
+
+def check_page(page: Path) -> None:
+    """None if a page can be written there; what is written replaces what stands there, so that must be a file.
+
+    Raises:
+        UsageError: a folder, a device, or no name of a file.
+    """
+    try:
+        exists, is_folder, is_file = page.exists(), page.is_dir(), page.is_file()
+    except OSError as error:
+        raise UsageError(f"cannot be the name of a file: {error.strerror}", where=str(page)) from error
+    if is_folder:
+        raise UsageError("a folder, where a page is to be written", where=str(page), hint=f"--html {page}/rows.html")
+    if exists and not is_file:
+        raise UsageError("not a regular file, where a page is to be written", where=str(page))

@@ -204,7 +204,7 @@ class RowsSection(Section):
 class DatasetSection(RowsSection):
     """One source of rows to train on."""
 
-    weight: Positive = Field(
+    weight: Annotated[float, Field(gt=0, le=1000)] = Field(
         default=1.0, description="How often an epoch sees each row: 2 is twice, 0.5 another half in each epoch."
     )
 

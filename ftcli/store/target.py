@@ -57,7 +57,7 @@ def find_model(reference: str, *, revision: str | None = None) -> ModelFiles:
     if reference.startswith(PACKAGE_SCHEME):
         return _open_path(find_package_file(reference), reference)
     path = Path(reference).expanduser()
-    if path.exists():
+    if _exists(path, reference):
         return _open_path(path, reference)
     if looks_like_path(reference):
         raise UsageError("no such file or folder", where=reference, hint=suggest_path(path))
@@ -73,7 +73,7 @@ def find_tokenizer(reference: str, *, revision: str | None = None) -> ModelFiles
         FtcliError: as `find_model`.
     """
     path = Path(reference).expanduser()
-    if reference.startswith(PACKAGE_SCHEME) or not path.is_dir():
+    if reference.startswith(PACKAGE_SCHEME) or not (_exists(path, reference) and path.is_dir()):
         if path.exists() or reference.startswith(PACKAGE_SCHEME) or looks_like_path(reference):
             return find_model(reference)
         return _fetch_from_hub(reference, revision, weights=False)
@@ -86,6 +86,14 @@ def find_tokenizer(reference: str, *, revision: str | None = None) -> ModelFiles
         where=reference,
         hint=f"name the file: {path / files[0]}" if files else f"a tokenizer is {' or '.join(_TOKENIZER_FILES)}",
     )
+
+
+def _exists(path: Path, reference: str) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot be the name of a file: {reason}", where=reference) from error
 
 
 def looks_like_path(reference: str) -> bool:

@@ -484,8 +484,35 @@ def test_rows_that_do_not_fit_are_skipped_and_kept_if_asked_for(tmp_path: Path) 
     skipped: list[Problem] = []
     assert [example.line for example in read_examples(path, skipped=skipped)] == [2]
     assert sorted(problem.where.removeprefix(str(path))[:2] for problem in skipped) == [":1", ":3", ":4"]
-    with pytest.raises(ContentError):
-        read_examples(write(tmp_path, {"messages": [USER]}), skipped=[])
+    assert read_examples(write(tmp_path, {"messages": [USER]}), skipped=skipped) == []
+    assert len(skipped) == 4
+
+
+def test_a_preference_anywhere_in_a_file_is_refused(tmp_path: Path) -> None:
+    good = {"prompt": "a", "completion": "b"}
+    for bad in ({"label": False}, {"label": "True"}, {"chosen": "c", "rejected": "d"}):
+        with pytest.raises(ContentError, match="a row of preferences") as caught:
+            read_examples(write(tmp_path, good, {**good, **bad}))
+        assert caught.value.where.endswith(":2")
+    named = {**good, "label": "sports"}
+    assert len(read_examples(write(tmp_path, good, named))) == 2
+    assert len(read_examples(write(tmp_path, {**good, "label": False}), "prompt_completion")) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"foo": 1}, "no function with a name"),
+        ({"function": "f"}, "no function with a name"),
+        ({"function": {"name": "f", "arguments": "{a: 1"}}, "arguments: broken JSON"),
+        ({"function": {"name": "f", "arguments": 7}}, "arguments: a number where an object belongs"),
+    ],
+)
+def test_calls_that_are_none_are_refused_by_their_place(tmp_path: Path, call: Any, words: str) -> None:
+    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+    with pytest.raises(ContentError, match=words) as caught:
+        read_examples(write(tmp_path, {"messages": [USER, turn]}))
+    assert "messages[1].tool_calls[0]" in caught.value.what
 
 
 def test_a_file_without_assistants_if_asked_for(tmp_path: Path) -> None:
