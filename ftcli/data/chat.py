@@ -101,11 +101,13 @@ class ChatRenderer:
             n_expected: rows still to come with these; many make a faster way to the same ids worth its set-up.
         """
         marked: list[list[MarkedText] | ContentError] = []
-        for example in examples:
-            try:
-                marked.append([] if example.text is not None else self.mark(example, train_on))
-            except ContentError as error:
-                marked.append(error)
+        with self.template.timed() as wind:
+            for example in examples:
+                wind()
+                try:
+                    marked.append([] if example.text is not None else self.mark(example, train_on))
+                except ContentError as error:
+                    marked.append(error)
         texts = [text for found in marked if isinstance(found, list) for text in found]
         n_characters = sum(len(text.text) for text in texts)
         self.encoder.expect(n_characters * max(n_expected, len(examples)) // max(1, len(examples)))

@@ -7,16 +7,15 @@ The table does not depend on `data`: a run with another max_length, or another s
 
 from __future__ import annotations
 
-import gc
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ftcli.data.cache import load_table, name_entry, save_table
 from ftcli.data.chat import ChatRenderer
+from ftcli.data.collector import paused_collector
 from ftcli.data.documents import Documents, Ints, RowTable, build_table, join_tables, select_documents
 from ftcli.data.example import read_examples
 from ftcli.data.message import ROLES, Example, suggest_name
@@ -94,18 +93,6 @@ class DataSplit:
         return bool(self.train.table.n_turns.any())
 
 
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """A block without garbage collection: millions of small objects that live on are not looked through again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 @dataclass
 class Reading:
     """How data sets are read: ``skipped``, if it is a list, takes bad rows instead of an error."""
@@ -135,7 +122,7 @@ class Reading:
         keeps = self.uses_cache and self.skipped is None
         if keeps and (known := load_table(name)):
             return known
-        with _without_collector():
+        with paused_collector():
             table = self._build(section, sources)
         if keeps and (why := save_table(name, table)):
             self.notices.append(f"the rendered rows are not cached: {why}")

@@ -11,11 +11,13 @@ import math
 import random
 from collections.abc import Sequence
 
+from ftcli.data.collector import paused_collector
 from ftcli.data.packing import pack_lengths
 
 Step = tuple[tuple[int, ...], ...]
 
 
+@paused_collector()
 def plan_epoch(
     lengths: Sequence[int],
     *,

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import signal
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, time
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
@@ -54,7 +55,7 @@ class ChatTemplate:
         self.source = source
         self.special_tokens = dict(special_tokens or {})
         self.variables = dict(variables or {})
-        self._is_endless = False
+        self._is_endless = self._is_timed = False
         self.date = date or datetime.combine(datetime.now().date(), time())
 
     @property
@@ -68,7 +69,8 @@ class ChatTemplate:
         Raises:
             ContentError: there is no template, or it refuses the messages (with its own words).
         """
-
+        if self._is_endless:
+            raise ContentError(_TOO_LONG, why="it did so on a row before")
         compiled, known = self._compiled
         variables = {
             **known,
@@ -79,27 +81,39 @@ class ChatTemplate:
         }
         # what Template.render does, but for the copy of all globals that it makes at each call
         context = compiled.environment.context_class(compiled.environment, variables, compiled.name, compiled.blocks)
-        is_timed = self._start_clock()
+        is_timed = not self._is_timed and self._start_clock()
         try:
-            text = _join_parts(compiled.root_render_func(context))
-        except MemoryError as error:
-            raise ContentError(_TOO_MUCH, why="it asks for more memory than there is") from error
+            text = "".join(compiled.root_render_func(context))
         except ContentError:
             raise
+        except MemoryError as error:
+            raise ContentError(_TOO_MUCH, why="it asks for more memory than there is") from error
         except Exception as error:  # a template is a program, and may fail like one
             raise ContentError(f"the chat template refuses the messages: {error}") from error
         finally:
             if is_timed:
                 signal.setitimer(signal.ITIMER_REAL, 0)
+        if len(text) > _MOST_CHARACTERS:
+            raise ContentError(_TOO_MUCH, why=f"more than {_MOST_CHARACTERS:,} characters for one row")
         return text
+
+    @contextmanager
+    def timed(self) -> Iterator[Callable[[], object]]:
+        """A block with one clock for all that is rendered in it; the yielded callable winds it up for the next row."""
+        self._is_timed = self._start_clock()
+        wind = partial(signal.setitimer, signal.ITIMER_REAL, _MOST_SECONDS) if self._is_timed else lambda: None
+        try:
+            yield wind
+        finally:
+            if self._is_timed:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            self._is_timed = False
 
     def _start_clock(self) -> bool:
         """Whether a clock runs that ends this rendering; a template from the Hub may loop for ever.
 
         Python hears signals in its main thread only.
         """
-        if self._is_endless:
-            raise ContentError(_TOO_LONG, why="it did so on a row before")
         if threading.current_thread() is not threading.main_thread():
             return False
         signal.signal(signal.SIGALRM, self._stop_rendering)
@@ -210,18 +224,6 @@ class ChatTemplate:
         source = re.sub(r"\{#.*?#\}", "", self.source or "", flags=re.DOTALL)
         found = _PIPED.findall(source) + (_OTHER.findall(source) if strict else [])
         return [token for token in dict.fromkeys(found) if "'" not in token and '"' not in token]
-
-
-def _join_parts(parts: Iterable[str]) -> str:
-    """The text of a rendering, which a template of a few lines can make larger than the memory."""
-    written: list[str] = []
-    n_characters = 0
-    for part in parts:
-        n_characters += len(part)
-        if n_characters > _MOST_CHARACTERS:
-            raise ContentError(_TOO_MUCH, why=f"more than {_MOST_CHARACTERS:,} characters for one row")
-        written.append(part)
-    return "".join(written)
 
 
 def _cut_probe(text: str | None) -> str:
