@@ -127,7 +127,7 @@ class Reporter:
                 self.is_passing = True
         else:
             self.end_line()
-            print_talk(describe_event(event))
+            print_talk(make_printable(describe_event(event)))
 
     def end_line(self) -> None:
         """Nothing; the next output begins a line. A count that is over leaves no trace, a step does."""
@@ -157,7 +157,7 @@ def describe_event(event: Event) -> str:
     if isinstance(event, Stage):
         return f"{event.name:<10} {event.detail}"
     if isinstance(event, Notice):
-        return f"notice: {make_printable(event.text)}"
+        return f"notice: {event.text}"
     if isinstance(event, EvalDone):
         score = "" if event.score is None else f"  score {event.score:.1%} of {event.n_rows}"
         return f"eval       {event.dataset} after step {event.step}: loss {event.loss:.4f}{score}"

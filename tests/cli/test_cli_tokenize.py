@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -360,3 +362,74 @@ def test_a_pipe_that_closes_early_is_no_error(tmp_path: Path, tiny_model: Path) 
     assert done.stdout.startswith('{"input_ids"')
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--show", "3"], ["--show-labels"], ["--json"]])
+def test_a_full_disk_behind_stdout_is_one_error(rows: Path, tiny_model: Path, arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "ftcli", "tokenize", str(rows), "-m", str(tiny_model), *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 6
+    assert "error: the output cannot be written: the disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_says_that_it_stopped(tmp_path: Path, tiny_model: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [ask(f"fox {i} " * 50, "dog " * 50) for i in range(30_000)])
+    command = [sys.executable, "-m", "ftcli", "tokenize", str(data), "-m", str(tiny_model)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job of a shell ignores it
+    )
+    assert process.stderr is not None
+    while not process.stderr.readline().startswith("data"):
+        pass
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert "error: stopped by SIGINT" in err
+
+
+@pytest.mark.parametrize("name", ["pipe", "x" * 300])
+def test_the_page_is_written_to_files_alone(rows: Path, tiny_model: Path, tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    result = call(rows, "-m", tiny_model, "--html", tmp_path / name)
+    assert result.exit_code == 2
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_control_characters_of_the_data_do_not_reach_the_terminal(tmp_path: Path, tiny_model: Path) -> None:
+    data = write_jsonl(tmp_path / "a\x1b[31mb.jsonl", [{"mess\x1b[31mages": []}])
+    result = call(data, "-m", tiny_model)
+    assert result.exit_code == 3
+    assert "\x1b" not in result.stderr
+    assert "mess\\x1b[31mages" in result.stderr
+
+
+def test_a_folder_with_one_bad_file_is_read_with_skip_bad(tmp_path: Path, tiny_model: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [ask("a", "b")])
+    (folder / "b.jsonl").write_text("garbage\n")
+    report = call_json(folder, "-m", tiny_model, "--skip-bad")
+    assert (report["parts"][0]["n_rows"], len(report["skipped"])) == (1, 1)
+
+
+def test_a_role_that_no_message_has_is_named(write_recipe: Any) -> None:
+    path = write_recipe(datasets=[{"path": "train.jsonl", "train_on": ["assistent", "user"]}])
+    result = call(path)
+    assert result.exit_code == 2
+    assert "assistent is no role" in result.stderr
+    assert "did you mean assistant?" in result.stderr
+
+
+def test_blank_tokens_are_refused(write_recipe: Any) -> None:
+    for token in (" ", "\n", " foo"):
+        result = call(write_recipe(tokenizer={"add_tokens": [token]}))
+        assert result.exit_code == 2, token
+        assert "tokenizer.add_tokens" in result.stderr
