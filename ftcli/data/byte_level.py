@@ -84,8 +84,8 @@ class ByteLevelEncoder:
             added: matches its added tokens, the longest first.
         """
         backend = tokenizer.backend_tokenizer
-        model, normalizer = backend.model, _describe(backend.normalizer).get("type")
-        pattern = _find_pattern(_describe(backend.pre_tokenizer))
+        model, normalizer = backend.model, describe_part(backend, "normalizer").get("type")
+        pattern = _find_pattern(describe_part(backend, "pre_tokenizer"))
         odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
         if pattern is None or type(model).__name__ != "BPE" or any(getattr(model, key) for key in odd):
             return None
@@ -137,9 +137,10 @@ def list_byte_characters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(_N_BYTES + i) for i, byte in enumerate(others)}
 
 
-def _describe(component: Any) -> dict[str, Any]:
-    """A part of a tokenizer as tokenizer.json writes it; empty if it is not there."""
-    return {} if component is None else json.loads(component.__getstate__())
+def describe_part(backend: Any, name: str) -> dict[str, Any]:
+    """A part of a tokenizer as tokenizer.json writes it, without the vocabulary; empty if it is not there."""
+    part = getattr(backend, name)
+    return {} if part is None else json.loads(part.__getstate__())
 
 
 def _find_pattern(pre_tokenizer: dict[str, Any]) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ftcli.data.byte_level import list_byte_characters
+from ftcli.data.byte_level import describe_part, list_byte_characters
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "▁"
@@ -44,8 +44,8 @@ class PieceReader:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._added = dict(tokenizer.added_tokens_decoder)
-        definition = json.loads(tokenizer.backend_tokenizer.to_str())
-        self._is_byte_level = '"ByteLevel"' in json.dumps([definition.get("decoder"), definition.get("pre_tokenizer")])
+        parts = [describe_part(tokenizer.backend_tokenizer, name) for name in ("decoder", "pre_tokenizer")]
+        self._is_byte_level = '"ByteLevel"' in json.dumps(parts)
         self.unknown_id = tokenizer.unk_token_id
         self.read = lru_cache(maxsize=None)(self._read)
 
