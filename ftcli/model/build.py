@@ -19,7 +19,7 @@ from torch import nn
 
 from ftcli.errors import ContentError, UsageError
 from ftcli.model.base import build_skeleton, count_embedding_rows, is_memory_error, load_model
-from ftcli.model.target import Targets, plan_targets
+from ftcli.model.target import Targets, list_modules, plan_targets
 from ftcli.recipe import PeftSection, Recipe
 from ftcli.store.target import ModelFiles, suggest_path
 
@@ -127,7 +127,7 @@ def check_names(recipe: Recipe, skeleton: Any) -> Targets | None:
     if recipe.peft.adapter is not None:
         find_adapter(recipe.peft.adapter)
         return None
-    return plan_targets(skeleton, recipe.peft)
+    return plan_targets(list_modules(skeleton), recipe.peft)
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def add_lora(model: Any, peft: PeftSection, targets: Targets | None = None, *, n
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
-    targets = targets or plan_targets(model, peft)
+    targets = targets or plan_targets(list_modules(model), peft)
     is_conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in targets.modules)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     saved_whole = set(peft.modules_to_save or ())

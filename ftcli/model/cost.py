@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ftcli.model.target import plan_targets
+from ftcli.model.target import list_modules, plan_targets
 from ftcli.recipe import Recipe
 
 
@@ -40,7 +40,7 @@ def count_flops(skeleton: Any, recipe: Recipe, counts: TokenCounts) -> int:
     n_lora = 0
     if recipe.peft and recipe.peft.adapter is None:
         modules = dict(skeleton.named_modules())
-        for name in plan_targets(skeleton, recipe.peft).modules:
+        for name in plan_targets(list_modules(skeleton), recipe.peft).modules:
             n_lora += recipe.peft.r * sum(modules[name].weight.shape)
     again = 1 if recipe.train.gradient_checkpointing else 0
     trains_all = 0 if recipe.peft else 1

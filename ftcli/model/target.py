@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from ftcli.errors import UsageError
 from ftcli.recipe import PeftSection
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PRESETS = ("attn", "attn+gate_up", "all-linear")
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -35,20 +37,46 @@ class Targets:
     layers_to_transform: list[int] | None
 
 
-def plan_targets(model: nn.Module, peft: PeftSection) -> Targets:
-    """The modules of ``model`` that ``peft`` means; weights are not touched, so a model on meta serves.
+@dataclass(frozen=True)
+class ModuleTable:
+    """A model's modules by full name → ``Linear``, ``Embedding`` or another class, containers with them."""
+
+    kinds: Mapping[str, str]
+    is_tied: bool
+
+    @property
+    def linear(self) -> list[str]:
+        return [name for name, kind in self.kinds.items() if kind == "Linear"]
+
+
+def list_modules(model: nn.Module) -> ModuleTable:
+    """The modules of a model in memory; weights are not touched, so one on the meta device serves."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    config: Any = model.config
+    kinds = {}
+    for name, module in model.named_modules():
+        is_linear = isinstance(module, nn.Linear | Conv1D)
+        kind = "Embedding" if isinstance(module, nn.Embedding) else type(module).__name__
+        kinds[name] = "Linear" if is_linear else kind
+    return ModuleTable(kinds, bool(config.tie_word_embeddings))
+
+
+def plan_targets(model: ModuleTable, peft: PeftSection) -> Targets:
+    """The modules of ``model`` that ``peft`` means.
 
     Raises:
         UsageError: a name, pattern or layer that matches nothing, or LoRA on a tied head or embedding.
     """
-    linear = _list_linear(model)
+    linear = model.linear
     layers = plan_layers(peft.layers_to_transform, count_layers(linear))
     asked = peft.target_modules
     if isinstance(asked, str) and asked in PRESETS:
         chosen = [name for name in linear if _LAYER.search(name) and _kind(name) in _PRESET_KINDS[asked]]
-        target_modules: str | list[str] = shorten_names(chosen, [name for name, _ in model.named_modules()])
+        target_modules: str | list[str] = shorten_names(chosen, list(model.kinds))
     elif isinstance(asked, str):
-        chosen, target_modules = _match_pattern(asked, model, linear), asked
+        chosen, target_modules = _match_pattern(asked, linear), asked
     else:
         chosen = [name for entry in asked for name in _match_name(entry, model)]
         _check_adaptable(model, chosen)
@@ -105,22 +133,15 @@ def count_layers(names: Iterable[str]) -> int:
 
 def shorten_names(chosen: Sequence[str], everything: Sequence[str]) -> list[str]:
     """The shortest name endings that mean ``chosen`` and nothing else of ``everything``, sorted."""
-    wanted = set(chosen)
-    shortened = set()
-    for name in chosen:
-        parts = name.split(".")
-        for n_parts in range(1, len(parts) + 1):
-            ending = ".".join(parts[-n_parts:])
-            if all(other in wanted for other in everything if other == ending or other.endswith("." + ending)):
-                shortened.add(ending)
-                break
-    return sorted(shortened)
+    meanings = Counter(ending for name in everything for ending in _list_endings(name))
+    wanted = Counter(ending for name in chosen for ending in _list_endings(name))
+    return sorted({next(e for e in _list_endings(name) if wanted[e] >= meanings[e]) for name in chosen})
 
 
-def _list_linear(model: nn.Module) -> list[str]:
-    from transformers.pytorch_utils import Conv1D
-
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+def _list_endings(name: str) -> list[str]:
+    """``a.b.c`` → ``c``, ``b.c``, ``a.b.c``."""
+    parts = name.split(".")
+    return [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
 
 
 def _kind(name: str) -> str:
@@ -130,20 +151,17 @@ def _kind(name: str) -> str:
     return "widening" if leaf in _WIDENING else "narrowing"
 
 
-def _check_adaptable(model: nn.Module, chosen: Sequence[str]) -> None:
-    from transformers.pytorch_utils import Conv1D
-
+def _check_adaptable(model: ModuleTable, chosen: Sequence[str]) -> None:
     for name in chosen:
-        module = model.get_submodule(name)
-        if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+        if (kind := model.kinds[name]) not in ("Linear", "Embedding"):
             raise UsageError(
-                f"{name} is a {type(module).__name__}, which LoRA cannot be put on",
+                f"{name} is a {kind}, which LoRA cannot be put on",
                 where="peft.target_modules",
                 hint="name linear layers; to train other modules whole, use peft.modules_to_save",
             )
 
 
-def _match_pattern(pattern: str, model: nn.Module, linear: Sequence[str]) -> list[str]:
+def _match_pattern(pattern: str, linear: Sequence[str]) -> list[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
@@ -158,12 +176,12 @@ def _match_pattern(pattern: str, model: nn.Module, linear: Sequence[str]) -> lis
     )
 
 
-def _match_name(entry: str, model: nn.Module, *, where: str = "peft.target_modules") -> list[str]:
+def _match_name(entry: str, model: ModuleTable, *, where: str = "peft.target_modules") -> list[str]:
     """Full names of the modules that end in ``entry``, as PEFT matches them."""
-    modules = dict(model.named_modules())
-    if chosen := [name for name in modules if name == entry or name.endswith("." + entry)]:
+    if chosen := [name for name in model.kinds if name == entry or name.endswith("." + entry)]:
         return chosen
-    leaves = _leaf_names(name for name, module in modules.items() if next(module.children(), None) is None)
+    parents = {name.rpartition(".")[0] for name in model.kinds}
+    leaves = _leaf_names(name for name in model.kinds if name not in parents)
     raise UsageError(
         f"{entry!r} is no module of this model",
         where=where,
@@ -180,11 +198,10 @@ def _suggest(word: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"the model has {', '.join(known)}"
 
 
-def _check_tied(model: nn.Module, chosen: Sequence[str]) -> None:
+def _check_tied(model: ModuleTable, chosen: Sequence[str]) -> None:
     """LoRA on one of two tied matrices cannot be merged: peft 0.21 moves the other one too, or twice."""
-    config: Any = model.config
     leaves = {name.rsplit(".", 1)[-1] for name in chosen}
-    if config.tie_word_embeddings and leaves & {"embed_tokens", "lm_head", "wte"}:
+    if model.is_tied and leaves & {"embed_tokens", "lm_head", "wte"}:
         raise UsageError(
             "the head and the embedding of this model are one matrix, and LoRA on it cannot be merged",
             where="peft.target_modules",

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Con
 
 from ftcli.errors import UsageError
 from ftcli.model.build import add_lora, count_parameters, list_adapted
-from ftcli.model.target import plan_layers, plan_targets
+from ftcli.model.target import list_modules, plan_layers, plan_targets
 from ftcli.recipe import PeftSection
 
 
@@ -22,7 +22,7 @@ def build_skeleton(config: Any) -> Any:
 
 def count_lora(skeleton: Any, peft: PeftSection) -> int:
     modules = dict(skeleton.named_modules())
-    return sum(peft.r * sum(modules[name].weight.shape) for name in plan_targets(skeleton, peft).modules)
+    return sum(peft.r * sum(modules[name].weight.shape) for name in plan_targets(list_modules(skeleton), peft).modules)
 
 
 LLAMA_3_8B = {
@@ -72,7 +72,7 @@ def test_presets_have_the_published_sizes_at_rank_16(config: Any, counts: tuple[
 def test_peft_adapts_what_was_planned(kind: str, preset: str, layers: str | None) -> None:
     model = build_model(kind)
     peft = PeftSection(r=2, target_modules=preset, layers_to_transform=layers)
-    planned = plan_targets(model, peft)
+    planned = plan_targets(list_modules(model), peft)
     wrapped = add_lora(model, peft, planned)
     assert sorted(list_adapted(wrapped)) == sorted(planned.modules)
     assert not any("lm_head" in name or "embed" in name for name in planned.modules)
@@ -103,7 +103,7 @@ def test_what_matches_nothing_is_named(changes: dict[str, Any], words: str) -> N
     import re
 
     with pytest.raises(UsageError) as caught:
-        plan_targets(build_skeleton(build_config()), PeftSection(**changes))
+        plan_targets(list_modules(build_skeleton(build_config())), PeftSection(**changes))
     assert re.search(words, str(caught.value), re.DOTALL), str(caught.value)
 
 
@@ -116,13 +116,13 @@ def test_layers() -> None:
 
 def test_an_untied_head_may_be_adapted() -> None:
     skeleton = build_skeleton(build_config(tied=False))
-    assert plan_targets(skeleton, PeftSection(target_modules=["lm_head"])).modules == ("lm_head",)
+    assert plan_targets(list_modules(skeleton), PeftSection(target_modules=["lm_head"])).modules == ("lm_head",)
 
 
 def test_a_regex_means_full_names() -> None:
     pattern = r"model\.layers\.[01]\.self_attn\.(q|v)_proj"
     model = build_model()
-    planned = plan_targets(model, PeftSection(target_modules=pattern))
+    planned = plan_targets(list_modules(model), PeftSection(target_modules=pattern))
     assert len(planned.modules) == 4
     assert sorted(list_adapted(add_lora(model, PeftSection(target_modules=pattern), planned))) == sorted(
         planned.modules
