@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from ftcli import __version__
-from ftcli.cli import chat, console, env, recipe, tokenize, train
+from ftcli.cli import chat, console, env, inspect, recipe, tokenize, train
 from ftcli.errors import DiskError, FtcliError, Interrupted, UsageError
 
 
@@ -77,6 +77,7 @@ app = typer.Typer(
     help="Fine-tune large language models from one recipe, and see what is learned.",
 )
 app.command("tokenize")(tokenize.tokenize)
+app.command("inspect")(inspect.inspect)
 app.command("train")(train.train)
 app.command("chat")(chat.chat)
 app.add_typer(recipe.app, name="recipe")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ftcli.cli import console
+from ftcli.cli.inspect import show_recipe_plan
 from ftcli.cli.option import Json, Quiet, Verbose
 
 
@@ -21,12 +22,17 @@ def train(
         Path | None, typer.Option("--resume-from", metavar="PATH", help="Go on from exactly this checkpoint.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what the run will take, and stop.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Train what a recipe describes, into a run folder."""
     with console.reporting(quiet=quiet or json, verbose=verbose) as on_event:
+        if plan:
+            changes = tuple(overrides or ())
+            show_recipe_plan(recipe, changes, None, as_json=json, fit=None, on_event=on_event, command="train")
+            return
         from ftcli.jobs.summary import summarize_run
         from ftcli.train.run import train as run_training
 

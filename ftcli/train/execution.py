@@ -25,7 +25,7 @@ from ftcli.train.checkpoint import (
 )
 from ftcli.train.evaluation import Evaluation
 from ftcli.train.loop import StepResult, run_steps
-from ftcli.train.memory import measure_peak
+from ftcli.train.memory import measure_peak, start_measuring
 from ftcli.train.optim import build_optimizer
 from ftcli.train.prepare import Prepared
 from ftcli.train.record import record_step
@@ -43,6 +43,7 @@ class Execution:
     resume_command: str
     step: int = 0
     saved_step: int = 0
+    start_rss_bytes: int = 0
 
     @property
     def recipe(self) -> Recipe:
@@ -82,8 +83,10 @@ class Execution:
         counts, peak = count_parameters(built.model), measure_peak()
         measured = {
             "seconds": round(time.perf_counter() - started, 3),
+            "start_rss_bytes": self.start_rss_bytes,
             "peak_rss_bytes": peak.rss_bytes,
             "peak_device_bytes": peak.device_bytes,
+            "allocated_device_bytes": peak.allocated_device_bytes,
             "trainable_parameters": counts.trainable,
             "parameters": counts.total,
         }
@@ -93,6 +96,8 @@ class Execution:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
 
+        self._import_libraries()
+        self.start_rss_bytes = start_measuring()
         device = choose_device()
         dtype = choose_dtype(self.recipe.model.dtype, device)
         self.on_event(Stage("load", f"{str(dtype).removeprefix('torch.')} on {device.type}"))
@@ -112,6 +117,14 @@ class Execution:
                 check_documents_apart(built.model)
         self.evaluation = Evaluation(self.run, self.prepared, built.model, self.accelerator, self.stop, self.on_event)
         return built
+
+    def _import_libraries(self) -> None:
+        """Nothing; what is resident from now on is the model's and its training's."""
+        import peft  # noqa: F401 - and with it transformers
+        import transformers.modeling_utils  # noqa: F401
+
+        if self.recipe.is_4bit:
+            import bitsandbytes  # noqa: F401
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Nothing; model, optimizer and records stand where the checkpoint was made."""
