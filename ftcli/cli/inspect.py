@@ -109,7 +109,12 @@ def show_recipe_plan(
     from ftcli.jobs.plan import plan_recipe, plan_to_json
 
     plan = plan_recipe(
-        recipe, overrides=overrides, budget_bytes=budget_bytes, should_fit=fit is not None, on_event=on_event
+        recipe,
+        overrides=overrides,
+        budget_bytes=budget_bytes,
+        should_fit=fit is not None,
+        device=None if budget_bytes is None else "cuda",
+        on_event=on_event,
     )
     if as_json:
         console.show_document(command, plan_to_json(plan))

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ftcli.errors import ContentError, FtcliError, UsageError
+from ftcli.errors import ContentError, FtcliError
 from ftcli.events import Notice, OnEvent, ignore_event
 from ftcli.jobs.source import describe_source, find_source
 from ftcli.model.anatomy import Anatomy
+from ftcli.model.demand import Device, Method, build_recipe_training, build_training, measure_shape
 from ftcli.model.forecast import Change, Component, Forecast, Shape, Training, fit, forecast_disk, forecast_memory
-from ftcli.model.lora import LoraCost, count_lora
+from ftcli.model.lora import count_lora
 from ftcli.recipe import PeftSection, Recipe, load_recipe
-
-Method = Literal["qlora", "lora", "full"]
 
 
 @dataclass(frozen=True)
@@ -45,40 +44,6 @@ class TrainingPlan:
         return None if self.budget_bytes is None else self.forecast.total_bytes <= self.budget_bytes
 
 
-def measure_shape(anatomy: Anatomy) -> Shape:
-    """The dimensions that memory follows from.
-
-    Raises:
-        ContentError: a model whose heads are not known, or a mixture of experts, which is not trained.
-    """
-    d, counts = anatomy.dimensions, anatomy.parameters
-    if not d.n_heads:
-        raise ContentError("without a config.json no training can be forecast", hint="name the model's folder")
-    if d.experts:
-        raise ContentError("a mixture of experts is not trained by ftcli, so there is nothing to forecast")
-    linear = [
-        tensor.n_elements
-        for tensor in anatomy.tensors
-        if len(tensor.shape) == 2 and tensor.place.layer is not None and tensor.place.part in ("attention", "ffn")
-    ]
-    return Shape(
-        n_layers=d.n_layers,
-        hidden=d.hidden,
-        ffn=d.ffn,
-        n_heads=d.n_heads,
-        n_kv_heads=d.n_kv_heads,
-        head_dim=d.head_dim,
-        vocab=d.vocab,
-        is_tied=anatomy.is_tied,
-        is_gated=anatomy.family.is_gated,
-        linear_parameters=sum(linear),
-        embedding_parameters=counts.embedding + counts.position,
-        head_parameters=counts.head,
-        other_parameters=counts.total - sum(linear) - counts.embedding - counts.position - counts.head,
-        largest_linear=max(linear, default=0),
-    )
-
-
 def plan_model(
     anatomy: Anatomy,
     name: str,
@@ -104,7 +69,7 @@ def plan_model(
     """
     shape = measure_shape(anatomy)
     cost = None if method == "full" else count_lora(anatomy, peft or PeftSection())
-    training = _build_training(
+    training = build_training(
         method, cost, tokens=sequence * batch, longest=sequence, n_documents=batch, dropout=0.0, is_checkpointed=True
     )
     return _plan(name, shape, training, budget_bytes, should_fit, save_total_limit=2)
@@ -116,7 +81,7 @@ def plan_recipe(
     overrides: tuple[str, ...] = (),
     budget_bytes: int | None = None,
     should_fit: bool = False,
-    device: Literal["cpu", "cuda"] = "cuda",
+    device: Device | None = None,
     on_event: OnEvent = ignore_event,
 ) -> TrainingPlan:
     """The forecast of the run that a recipe describes; steps and tokens where its data and tokenizer are here.
@@ -132,22 +97,8 @@ def plan_recipe(
     if anatomy is None:
         raise ContentError("holds no model", where=recipe.model.name_or_path)
     shape = measure_shape(anatomy)
-    method: Method = "full" if recipe.peft is None else "qlora" if recipe.is_4bit else "lora"
-    notices: list[str] = []
-    cost = _count_recipe_lora(recipe, anatomy, notices)
-    batch = recipe.train.per_device_train_batch_size
-    training = _build_training(
-        method,
-        cost,
-        tokens=recipe.data.max_length * batch,
-        longest=recipe.data.max_length,
-        n_documents=batch,
-        dropout=recipe.peft.lora_dropout if recipe.peft else 0.0,
-        is_checkpointed=recipe.train.gradient_checkpointing,
-        is_double=recipe.quantization.bnb_4bit_use_double_quant if recipe.quantization else True,
-        dtype="bfloat16" if recipe.model.dtype == "auto" else recipe.model.dtype,
-        device=device,
-    )
+    notices = _list_notices(recipe)
+    training = build_recipe_training(recipe, anatomy, device=device or _find_device())
     data = _count_data(path, overrides, notices, on_event)
     plan = _plan(
         recipe.model.name_or_path,
@@ -160,15 +111,18 @@ def plan_recipe(
     return TrainingPlan(**{**vars(plan), "data": data, "notices": tuple(notices)})
 
 
-def _count_recipe_lora(recipe: Recipe, anatomy: Anatomy, notices: list[str]) -> LoraCost | None:
-    if recipe.peft is None:
-        return None
-    if recipe.peft.adapter is not None:
-        notices.append("the adapter that is gone on from is counted as one with the recipe's default settings")
-        return count_lora(anatomy, PeftSection())
-    if recipe.peft.modules_to_save or recipe.tokenizer.add_tokens:
-        notices.append("modules_to_save and new tokens are not in the forecast")
-    return count_lora(anatomy, recipe.peft)
+def _list_notices(recipe: Recipe) -> list[str]:
+    if recipe.peft and recipe.peft.adapter:
+        return ["the adapter that is gone on from is counted as one with the recipe's default settings"]
+    if recipe.peft and (recipe.peft.modules_to_save or recipe.tokenizer.add_tokens):
+        return ["modules_to_save and new tokens are not in the forecast"]
+    return []
+
+
+def _find_device() -> Device:
+    from ftcli.model.base import choose_device
+
+    return "cuda" if choose_device().type == "cuda" else "cpu"
 
 
 def _count_data(path: Path, overrides: tuple[str, ...], notices: list[str], on_event: OnEvent) -> DataFacts | None:
@@ -186,38 +140,6 @@ def _count_data(path: Path, overrides: tuple[str, ...], notices: list[str], on_e
         notices.append(f"steps and tokens are not known: {where}{error.what}")
         return None
     return DataFacts(run.total_steps, int(sum(documents.lengths)))
-
-
-def _build_training(
-    method: Method,
-    cost: LoraCost | None,
-    *,
-    tokens: int,
-    longest: int,
-    n_documents: int,
-    dropout: float,
-    is_checkpointed: bool,
-    is_double: bool = True,
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
-    device: Literal["cpu", "cuda"] = "cuda",
-) -> Training:
-    if longest < 1 or tokens < 1:
-        raise UsageError("--seq and --batch must be at least 1")
-    return Training(
-        method=method,
-        dtype=dtype,
-        double_quant=is_double,
-        tokens=tokens,
-        longest_document=longest,
-        target_tokens=tokens,
-        gradient_checkpointing=is_checkpointed,
-        lora_parameters=cost.parameters if cost else 0,
-        lora_modules=cost.modules if cost else 0,
-        r=cost.r if cost else 0,
-        lora_dropout=dropout,
-        device=device,
-        n_documents=n_documents,
-    )
 
 
 def _plan(

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ftcli.errors import ContentError, HubError, UsageError
-from ftcli.model.anatomy import Anatomy, ModelFinding, describe_model
-from ftcli.model.dimensions import GGUF_NAMES, Dimensions, read_dimensions, read_gguf_dimensions
-from ftcli.model.layout import locate_tensor
-from ftcli.store.gguf_header import read_gguf_header
+from ftcli.model.anatomy import Anatomy, ModelFinding
+from ftcli.model.demand import describe_files
 from ftcli.store.run import RunFolder, find_newest_run, read_manifest
 from ftcli.store.target import PACKAGE_SCHEME, find_package_file, looks_like_path, suggest_path
 from ftcli.store.vocabulary import Vocabulary, read_json, read_vocabulary
@@ -169,56 +167,10 @@ def describe_source(source: ModelSource) -> Anatomy | None:
     Raises:
         ContentError: config or headers that no model can have.
     """
-    table = source.table
-    if source.gguf_file and source.folder and table:
-        return _describe_gguf(source.folder / source.gguf_file, table, source.target)
-    entries = table.tensors if table else None
-    if source.config is None:
-        if not entries:
-            return None
-        return describe_model(_infer_dimensions(table), entries, where=source.target)
-    dimensions = read_dimensions(source.config, where=f"{source.target}: config.json")
-    return describe_model(dimensions, entries, config=source.config, where=source.target)
-
-
-def _describe_gguf(path: Path, table: WeightTable, target: str) -> Anatomy:
-    shapes = {entry.name: entry.shape for entry in table.tensors}
-    embedding = shapes.get("token_embd.weight")
-    if not embedding:
-        raise ContentError("holds no token_embd.weight: it is no language model", where=target)
-    is_tied = "output.weight" not in shapes
-    header = read_gguf_header(path)
-    dimensions = read_gguf_dimensions(header.metadata, embedding[0], is_tied=is_tied, where=target)
-    if dimensions.family == "llama" and "blk.0.attn_qkv.weight" in shapes:
-        dimensions = replace(dimensions, family=GGUF_NAMES.get(header.architecture, header.architecture))
-    return describe_model(dimensions, table.tensors, is_gguf=True, where=target)
-
-
-def _infer_dimensions(table: WeightTable | None) -> Dimensions:
-    """What names and shapes alone give away; heads are not among it, and stand as 0."""
-    entries = table.tensors if table else ()
-    layers = [place.layer for entry in entries if (place := locate_tensor(entry.name)).layer is not None]
-    embedding = next((e.shape for e in entries if locate_tensor(e.name).part == "embedding"), (0, 0))
-    n_layers = 1 + max((layer for layer in layers if layer is not None), default=-1)
-    has_head = any(locate_tensor(entry.name).part == "head" for entry in entries)
-    return Dimensions(
-        family="",
-        n_layers=n_layers,
-        hidden=embedding[-1] if embedding else 0,
-        ffn=0,
-        n_heads=0,
-        n_kv_heads=0,
-        head_dim=0,
-        vocab=embedding[0] if embedding else 0,
-        is_tied=not has_head,
-        activation="",
-        context=None,
-        rope=None,
-        windows=(None,) * min(n_layers, 4096),
-        experts=None,
-        norm_eps=None,
-        flags={},
-    )
+    gguf = source.folder / source.gguf_file if source.folder and source.gguf_file else None
+    if source.config is None and source.table is None:
+        return None
+    return describe_files(source.config, source.table, gguf=gguf, where=source.target)
 
 
 def list_source_findings(source: ModelSource, anatomy: Anatomy | None) -> list[ModelFinding]:
