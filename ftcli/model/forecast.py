@@ -265,12 +265,15 @@ def _count_lora_width(shape: Shape, training: Training) -> int:
     inputs = order[: round(per_block)]
     width = round(4 * training.r * per_block)  # A(x), the input of B
     if training.lora_dropout:
-        noise = 4 if training.device == "cpu" else 1  # ATen Dropout.cpp: float noise; CUDA's fused one a bool mask
-        return width + (4 + noise) * sum(inputs)
+        return width + (4 + _count_noise(training)) * sum(inputs)
     if training.dtype_bytes == 2:
         return width + 4 * sum(inputs)  # x cast to float32, by each layer for itself
     shared = (h if len(inputs) > 0 else 0) + (h if len(inputs) > 4 else 0) + (f if len(inputs) > 6 else 0)
     return width + 4 * shared  # x itself, which layers share; o's is sdpa's output
+
+
+def _count_noise(training: Training) -> int:
+    return 4 if training.device == "cpu" else 1  # ATen Dropout.cpp: float noise on CPUs; a fused bool mask on CUDA
 
 
 def _count_block_input(shape: Shape, training: Training) -> int:
@@ -287,6 +290,9 @@ def _count_around_blocks(shape: Shape, training: Training) -> int:
     elif training.gradient_checkpointing:
         total += 4 * tokens * shape.hidden
     if not training.gradient_checkpointing:
+        if training.lora_dropout and training.method != "full":  # nothing before the first q, k, v is trained
+            n_first = min(3, training.lora_modules // max(1, shape.n_layers))
+            total -= _count_noise(training) * n_first * tokens * shape.hidden
         total += 2 * (4 if training.is_autocast else size) * tokens * shape.head_dim  # cos, sin
     return total
 
@@ -388,7 +394,7 @@ def parse_memory(text: str) -> int:
     Raises:
         UsageError: no size, or one below the reserve.
     """
-    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,6})?)\s*([kmgt]?)i?(b?)\s*", text, flags=re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,6})?)\s*([kmgt]?)i?(b?)\s*", text, flags=re.I | re.A)
     size = int(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
     if size <= _DEVICE_RESERVE:
         raise UsageError(
