@@ -7,8 +7,7 @@
     backward  the last block's backward: with checkpointing its activations are made anew
     update    the end of the backward pass, clipping and AdamW: every gradient is there
 
-Each number follows from what transformers' eager modules, PEFT and autograd keep; tests hold the activations
-against autograd's own saved tensors. Pure arithmetic: no torch.
+What transformers' eager modules, PEFT and autograd keep; tests hold it against autograd's saved tensors. No torch.
 """
 
 from __future__ import annotations
@@ -22,16 +21,15 @@ from ftcli.errors import UsageError
 from ftcli.model.precision import count_nf4_bytes
 
 _DEVICE_RESERVE = 600 << 20  # CUDA context, cuBLAS workspace, and what the driver keeps of a card
+_CPU_RUNTIME = 28_000_000  # library code and threads that only training wakes; measured, the same for every model
+_NOISE_BYTES = {"cpu": 4, "cuda": 1}  # ATen Dropout.cpp: float noise on CPUs, a fused bool mask on CUDA
 _SHORTEST = 128  # tokens; fit() suggests no shorter sequence
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model as its memory follows from it; ``linear_parameters`` are those that NF4 quantises.
-
-    ``largest_linear`` is the number of weights of the largest linear layer in a block.
-    """
+    """What memory follows from; ``linear_parameters`` are what NF4 quantises, ``largest_linear`` one layer's most."""
 
     n_layers: int
     hidden: int
@@ -54,12 +52,10 @@ class Shape:
 
     @property
     def queries(self) -> int:
-        """Width of all query heads."""
         return self.n_heads * self.head_dim
 
     @property
     def keys(self) -> int:
-        """Width of all key heads, which is that of the values."""
         return self.n_kv_heads * self.head_dim
 
 
@@ -128,40 +124,24 @@ def forecast_memory(shape: Shape, training: Training) -> Forecast:
 
     Gradients are counted as there in every phase, as from a step's second micro-batch on.
     """
-    resident = tuple(_list_resident(shape, training))
-    phases = {
-        "head": _weigh_head(shape, training),
-        "backward": _weigh_backward(shape, training),
-        "update": _weigh_update(shape, training),
-    }
+    weighers = {"head": _weigh_head, "backward": _weigh_backward, "update": _weigh_update}
+    phases = {name: weigh(shape, training) for name, weigh in weighers.items()}
     peak = max(phases, key=lambda name: sum(part.size_bytes for part in phases[name]))
-    components = resident + phases[peak]
-    is_calibrated = (
-        training.device == "cpu" and training.strategy == "single" and training.dtype != "float16" and shape.is_gated
-    )
-    return Forecast(components, sum(part.size_bytes for part in components), peak, is_calibrated)
+    components = (*_list_resident(shape, training), *phases[peak])
+    is_measured = training.device == "cpu" and training.strategy == "single" and training.dtype != "float16"
+    return Forecast(components, sum(part.size_bytes for part in components), peak, is_measured and shape.is_gated)
 
 
 def count_saved_bytes(shape: Shape, training: Training) -> int:
     """Bytes that autograd holds at the end of a forward pass, parameters not among them."""
-    blocks = shape.n_layers * (
-        _count_block_input(shape, training) if training.gradient_checkpointing else _count_block(shape, training)
-    )
-    return (
-        blocks
-        + _count_around_blocks(shape, training)
-        + _count_cast_weights(shape, training)
-        + _count_logits(shape, training)
-    )
+    return _count_held(shape, training) + _count_logits(shape, training)
 
 
 def _list_resident(shape: Shape, training: Training) -> Iterator[Component]:
     parts = training.world_size if training.strategy == "fsdp2" else 1
     size = 4 if training.method == "full" else training.dtype_bytes  # model/build.py: full training keeps float32
     rest = shape.parameters - shape.linear_parameters
-    linear = shape.linear_parameters * size
-    if training.method == "qlora":
-        linear = -(-shape.linear_parameters // 2)
+    linear = -(-shape.linear_parameters // 2) if training.method == "qlora" else shape.linear_parameters * size
     weights = (linear + rest * size) // parts
     formula = f"{shape.linear_parameters:,} linear weights of {linear:,} bytes + {rest:,} others × {size} bytes"
     if parts > 1:
@@ -169,84 +149,83 @@ def _list_resident(shape: Shape, training: Training) -> Iterator[Component]:
         weights += unsharded
         formula = f"({formula}) / {parts} + {unsharded:,} bytes of one block, embedding and head unsharded"
     yield Component("weights", weights, formula)
-    constants = 0
-    if training.method == "qlora":
-        constants = count_nf4_bytes(shape.linear_parameters, is_double=training.double_quant) - linear
+    nf4 = count_nf4_bytes(shape.linear_parameters, is_double=training.double_quant)
+    constants = nf4 - linear if training.method == "qlora" else 0
     width = "8 bits + their own scales" if training.double_quant else "32 bits"
     yield Component("quantization constants", constants // parts, f"a scale of {width} for each 64 NF4 weights")
-    yield Component("lora", 4 * _count_lora(training) // parts, f"{_count_lora(training):,} parameters × 4 bytes")
     trained = _count_trained(shape, training)
+    lora = 0 if training.method == "full" else trained
+    yield Component("lora", 4 * lora // parts, f"{lora:,} parameters × 4 bytes")
     gradients = 4 * trained // parts
     formula = f"{trained:,} trained parameters × 4 bytes" + (f" / {parts}" if parts > 1 else "")
     if training.strategy == "ddp":
         gradients, formula = 2 * gradients, formula + ", and once more in DDP's buckets"
     yield Component("gradients", gradients, formula)
     yield Component("optimizer", 8 * trained // parts, f"{trained:,} × 2 AdamW moments × 4 bytes")  # torch.optim.AdamW
+    if training.device == "cpu":
+        yield Component("runtime", _CPU_RUNTIME, "library code and threads that only training wakes")
+
+
+def _name_parts(activations: tuple[int, str], logits: tuple[int, str], work: tuple[int, str]) -> tuple[Component, ...]:
+    return Component("activations", *activations), Component("logits", *logits), Component("workspace", *work)
 
 
 def _weigh_head(shape: Shape, training: Training) -> tuple[Component, ...]:
-    logits = _count_logits(shape, training)
-    held = count_saved_bytes(shape, training) - logits
-    words = f"{training.target_tokens:,} labelled positions × {shape.vocab:,} rows × 4 bytes"
-    return (
-        Component("activations", held, _explain_activations(shape, training)),
-        # log_softmax's output, nll_loss' gradient and log_softmax's gradient: ATen LossNLL, SoftMaxBackward
-        Component("logits", 3 * logits, f"{words} × (log-softmax, its gradient, that of the logits)"),
-        Component("workspace", 0, "the loss's own are counted with the logits"),
-    )
+    # log_softmax's output, nll_loss' gradient and log_softmax's gradient: ATen LossNLL, SoftMaxBackward
+    logits = 3 * _count_logits(shape, training)
+    words = f"{training.target_tokens:,} labelled positions × {shape.vocab:,} rows × 3 float32 (softmax, two gradients)"
+    held = _count_held(shape, training), _explain_held(shape, training)
+    return _name_parts(held, (logits, words), (0, "the loss's own are counted with the logits"))
 
 
 def _weigh_backward(shape: Shape, training: Training) -> tuple[Component, ...]:
-    held = count_saved_bytes(shape, training) - _count_logits(shape, training)
-    formula = _explain_activations(shape, training)
+    held, formula = _count_held(shape, training), _explain_held(shape, training)
     if training.gradient_checkpointing:
-        again = _count_block(shape, training)
-        if training.is_autocast:
-            again += 2 * shape.linear_parameters // max(1, shape.n_layers)
+        cast = 2 * shape.linear_parameters // max(1, shape.n_layers) if training.is_autocast else 0
+        again = _count_block(shape, training) + cast
         held, formula = held + again, f"{formula} + {again:,} bytes of the block that is made anew"
-    head = 4 * shape.vocab * shape.hidden if training.method == "full" and shape.is_tied else 0
-    wide = 8 * training.tokens * shape.ffn  # gradient and its sum with LoRA's, both float32: measured by profiler
-    dequantized = _count_dequantized(shape, training)
-    formula_work = f"{training.tokens:,} tokens × {shape.ffn:,} (FFN) × 2 float32"
-    if dequantized:
-        formula_work += f" + {dequantized:,} bytes of the largest linear layer in {training.dtype}"
-    if head:
-        formula_work += f" + {head:,} bytes of the tied head's gradient"
-    return (
-        Component("activations", held, formula),
-        Component("logits", 0, "freed"),
-        Component("workspace", wide + dequantized + head, formula_work),
-    )
+    work = 8 * training.tokens * shape.ffn  # gradient and its sum with LoRA's, both float32: measured by profiler
+    words = f"{training.tokens:,} tokens × {shape.ffn:,} (FFN) × 2 float32"
+    if training.method == "qlora":  # bitsandbytes MatMul4Bit.backward
+        dequantized = training.dtype_bytes * shape.largest_linear
+        work, words = work + dequantized, f"{words} + {dequantized:,} bytes of the largest linear layer, dequantised"
+    if training.method == "full" and shape.is_tied:
+        head = 4 * shape.vocab * shape.hidden
+        work, words = work + head, f"{words} + {head:,} bytes of the tied head's gradient"
+    return _name_parts((held, formula), (0, "freed"), (work, words))
 
 
 def _weigh_update(shape: Shape, training: Training) -> tuple[Component, ...]:
-    table = 4 * shape.vocab * shape.hidden if training.method == "full" else 0
-    table *= 2 if shape.is_tied else 1
-    return (
-        Component("activations", 0, "freed"),
-        Component("logits", 0, "freed"),
-        # aten embedding_dense_backward makes the whole table before it is added to the gradient
-        Component("workspace", table, f"{table:,} bytes of the embedding's gradient before it is added"),
-    )
+    # aten embedding_dense_backward makes the whole table before it is added to the gradient, a tied head's to it
+    table = 4 * shape.vocab * shape.hidden * (2 if shape.is_tied else 1) if training.method == "full" else 0
+    words = f"{table:,} bytes of the embedding's gradient before it is added"
+    return _name_parts((0, "freed"), (0, "freed"), (table, words))
 
 
-def _explain_activations(shape: Shape, training: Training) -> str:
-    block = _count_block_input(shape, training) if training.gradient_checkpointing else _count_block(shape, training)
+def _count_held(shape: Shape, training: Training) -> int:
+    return shape.n_layers * _count_kept(shape, training) + _count_around_blocks(shape, training)
+
+
+def _explain_held(shape: Shape, training: Training) -> str:
     kept = "hidden state" if training.gradient_checkpointing else "saved tensors"
-    around = _count_around_blocks(shape, training) + _count_cast_weights(shape, training)
-    return f"{shape.n_layers} blocks × {block:,} bytes ({kept}) + {around:,} around them"
+    around = _count_around_blocks(shape, training)
+    return f"{shape.n_layers} blocks × {_count_kept(shape, training):,} bytes ({kept}) + {around:,} around them"
+
+
+def _count_kept(shape: Shape, training: Training) -> int:
+    if not training.gradient_checkpointing:
+        return _count_block(shape, training)
+    size = 4 if training.is_autocast else training.dtype_bytes
+    return size * training.tokens * shape.hidden  # torch.utils.checkpoint, non-reentrant: the hidden state
 
 
 def _count_block(shape: Shape, training: Training) -> int:
     """Bytes that autograd keeps of one block without checkpointing."""
     size, tokens = training.dtype_bytes, training.tokens
-    h, q, k, f = shape.hidden, shape.queries, shape.keys, shape.ffn
-    n_wide = 3 if shape.is_gated else 2
-    if training.n_documents > 1:
-        k = q  # sdpa_attention.py: with a mask, keys and values are repeated for every query head
-    width = size * (2 * q + 2 * k)  # sdpa: q, k, v, output; the output is also o's input
-    width += 4 * shape.n_heads + 4 * 2  # sdpa's log-sum-exp; RMSNorm's rsqrt, twice
-    width += 4 * 2 * h  # LlamaRMSNorm: hidden states in float32, twice
+    h, q, f, n_wide = shape.hidden, shape.queries, shape.ffn, 3 if shape.is_gated else 2
+    k = q if training.n_documents > 1 else shape.keys  # sdpa_attention.py: repeated for every query head with a mask
+    width = size * (2 * q + 2 * k) + 4 * shape.n_heads  # sdpa: q, k, v, output (which is o's input), log-sum-exp
+    width += 4 * 2 * (h + 1)  # LlamaRMSNorm, twice: hidden states in float32, rsqrt
     width += size * n_wide * f  # LlamaMLP: gate, silu(gate), up
     if training.method == "full":
         width += 4 * 2 * h + size * f  # RMSNorm's weight is trained: its normed input; input of down
@@ -265,56 +244,33 @@ def _count_lora_width(shape: Shape, training: Training) -> int:
     inputs = order[: round(per_block)]
     width = round(4 * training.r * per_block)  # A(x), the input of B
     if training.lora_dropout:
-        return width + (4 + _count_noise(training)) * sum(inputs)
+        return width + (4 + _NOISE_BYTES[training.device]) * sum(inputs)
     if training.dtype_bytes == 2:
         return width + 4 * sum(inputs)  # x cast to float32, by each layer for itself
     shared = (h if len(inputs) > 0 else 0) + (h if len(inputs) > 4 else 0) + (f if len(inputs) > 6 else 0)
     return width + 4 * shared  # x itself, which layers share; o's is sdpa's output
 
 
-def _count_noise(training: Training) -> int:
-    return 4 if training.device == "cpu" else 1  # ATen Dropout.cpp: float noise on CPUs; a fused bool mask on CUDA
-
-
-def _count_block_input(shape: Shape, training: Training) -> int:
-    size = 4 if training.is_autocast else training.dtype_bytes
-    return size * training.tokens * shape.hidden  # torch.utils.checkpoint, non-reentrant: the hidden state
-
-
 def _count_around_blocks(shape: Shape, training: Training) -> int:
-    """Bytes of embedding, rotary tables, last norm and head's input."""
+    """Bytes of embedding, rotary tables, last norm, head's input, and autocast's 16-bit copies of weights."""
     size, tokens, targets = training.dtype_bytes, training.tokens, training.target_tokens
     total = 8 * 2 * targets + 4 * tokens  # labels; the last norm's rsqrt
     if training.method == "full":
         total += 8 * tokens + 4 * 2 * tokens * shape.hidden + size * targets * shape.hidden
     elif training.gradient_checkpointing:
         total += 4 * tokens * shape.hidden
+    if training.is_autocast:  # one for each weight that the backward pass needs
+        total += 2 * (shape.vocab * shape.hidden + (0 if training.gradient_checkpointing else shape.linear_parameters))
     if not training.gradient_checkpointing:
         if training.lora_dropout and training.method != "full":  # nothing before the first q, k, v is trained
             n_first = min(3, training.lora_modules // max(1, shape.n_layers))
-            total -= _count_noise(training) * n_first * tokens * shape.hidden
+            total -= _NOISE_BYTES[training.device] * n_first * tokens * shape.hidden
         total += 2 * (4 if training.is_autocast else size) * tokens * shape.head_dim  # cos, sin
     return total
 
 
-def _count_cast_weights(shape: Shape, training: Training) -> int:
-    """Bytes of the 16-bit copies that autocast makes of the weights that autograd still needs."""
-    if not training.is_autocast:
-        return 0
-    head = shape.vocab * shape.hidden
-    return 2 * (head if training.gradient_checkpointing else head + shape.linear_parameters)
-
-
 def _count_logits(shape: Shape, training: Training) -> int:
     return 4 * training.target_tokens * shape.vocab  # evaluate/loss.py: log-softmax in float32, labelled rows only
-
-
-def _count_dequantized(shape: Shape, training: Training) -> int:
-    return training.dtype_bytes * shape.largest_linear if training.method == "qlora" else 0
-
-
-def _count_lora(training: Training) -> int:
-    return 0 if training.method == "full" else training.lora_parameters
 
 
 def _count_trained(shape: Shape, training: Training) -> int:
@@ -325,14 +281,12 @@ def forecast_disk(shape: Shape, training: Training, *, save_total_limit: int) ->
     """What a run leaves on the disk at most, and the merged model that may follow."""
     trained = _count_trained(shape, training)
     checkpoint = 12 * trained  # train/checkpoint.py: weights and two moments, float32
-    merged = 2 * shape.parameters
+    words = f"{save_total_limit} × {trained:,} parameters × 12 bytes"
     return (
-        Component(
-            "checkpoints", save_total_limit * checkpoint, f"{save_total_limit} × {trained:,} parameters × 12 bytes"
-        ),
+        Component("checkpoints", save_total_limit * checkpoint, words),
         Component("staging copy", checkpoint, "the next checkpoint is whole before the oldest goes"),
         Component("artifact", 4 * trained, f"{trained:,} trained parameters × 4 bytes"),
-        Component("merged model", merged, f"{shape.parameters:,} parameters × 2 bytes"),
+        Component("merged model", 2 * shape.parameters, f"{shape.parameters:,} parameters × 2 bytes"),
     )
 
 
@@ -356,11 +310,9 @@ def _list_options(shape: Shape, training: Training) -> Iterator[tuple[str, str, 
     """Key, value, what it makes of the training, and whether the result stays; the mildest first."""
     if not training.gradient_checkpointing:
         yield "train.gradient_checkpointing", "true", replace(training, gradient_checkpointing=True), True
-    half = -(-training.tokens // 2)
+    half, targets = -(-training.tokens // 2), -(-training.target_tokens // 2)
     if training.n_documents > 1 and half >= training.longest_document:
-        smaller = replace(
-            training, tokens=half, target_tokens=-(-training.target_tokens // 2), n_documents=training.n_documents // 2
-        )
+        smaller = replace(training, tokens=half, target_tokens=targets, n_documents=training.n_documents // 2)
         yield "train.gradient_accumulation_steps", "doubled, with half the rows in a micro-batch", smaller, True
     if training.method == "lora":
         yield "quantization.load_in_4bit", "true", replace(training, method="qlora"), False
@@ -372,20 +324,16 @@ def _list_options(shape: Shape, training: Training) -> Iterator[tuple[str, str, 
     if length >= _SHORTEST:
         tokens = training.tokens * length // training.longest_document
         targets = -(-training.target_tokens * length // training.longest_document)
-        yield (
-            "data.max_length",
-            str(length),
-            replace(training, tokens=tokens, target_tokens=targets, longest_document=length),
-            False,
-        )
+        shorter = replace(training, tokens=tokens, target_tokens=targets, longest_document=length)
+        yield "data.max_length", str(length), shorter, False
 
 
 def _turn_to_lora(shape: Shape, training: Training) -> Training:
     """LoRA of rank 16 on every linear layer of the blocks: r × (inputs + outputs) parameters each."""
     h, q, k, f, n_wide = shape.hidden, shape.queries, shape.keys, shape.ffn, 3 if shape.is_gated else 2
     width = 2 * (h + q) + 2 * (h + k) + n_wide * (h + f)
-    n_modules = shape.n_layers * (4 + n_wide)
-    return replace(training, method="lora", r=16, lora_modules=n_modules, lora_parameters=16 * width * shape.n_layers)
+    n = shape.n_layers
+    return replace(training, method="lora", r=16, lora_modules=n * (4 + n_wide), lora_parameters=16 * width * n)
 
 
 def parse_memory(text: str) -> int:
@@ -397,8 +345,6 @@ def parse_memory(text: str) -> int:
     match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,6})?)\s*([kmgt]?)i?(b?)\s*", text, flags=re.I | re.A)
     size = int(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
     if size <= _DEVICE_RESERVE:
-        raise UsageError(
-            f"{text!r} is no amount of memory to train in",
-            hint=f"write it like 24GB; {_DEVICE_RESERVE >> 20} MiB of it are the driver's",
-        )
+        hint = f"write it like 24GB; {_DEVICE_RESERVE >> 20} MiB of it are the driver's"
+        raise UsageError(f"{text!r} is no amount of memory to train in", hint=hint)
     return size - _DEVICE_RESERVE

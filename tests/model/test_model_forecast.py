@@ -45,7 +45,7 @@ def build_tiny(training: Training) -> tuple[Any, Shape]:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=300, tie_word_embeddings=True, use_cache=False,
     )  # fmt: skip
     is_full = training.method == "full"
@@ -55,8 +55,8 @@ def build_tiny(training: Training) -> tuple[Any, Shape]:
     if not is_full:
         model = add_lora(model, PeftSection(r=8, lora_alpha=8, lora_dropout=training.lora_dropout))
         promote_trained(model)
-    linear = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)
-    return model.train(), Shape(3, 64, 160, 4, 2, 16, 300, True, True, linear, 300 * 64, 0, 7 * 64, 64 * 160)
+    linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)
+    return model.train(), Shape(2, 64, 160, 4, 2, 16, 300, True, True, linear, 300 * 64, 0, 5 * 64, 64 * 160)
 
 
 def measure_saved(model: Any, training: Training) -> int:
@@ -86,7 +86,6 @@ def measure_saved(model: Any, training: Training) -> int:
     return total
 
 
-@pytest.mark.parametrize("n_documents", [1, 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("method", "dtype", "dropout"),
@@ -94,21 +93,19 @@ def measure_saved(model: Any, training: Training) -> int:
         ("lora", "bfloat16", 0.0),
         ("lora", "float32", 0.0),
         ("lora", "bfloat16", 0.1),
-        ("lora", "float32", 0.1),
         ("full", "float32", 0.0),
         ("full", "bfloat16", 0.0),
     ],
 )
-def test_activations_are_what_autograd_saves(
-    method: Any, dtype: Any, dropout: float, checkpointing: bool, n_documents: int
-) -> None:
-    training = replace(
-        QLORA, method=method, dtype=dtype, tokens=256, longest_document=256 // n_documents, n_documents=n_documents,
-        target_tokens=256 - n_documents, gradient_checkpointing=checkpointing, lora_modules=21, r=8, device="cpu",
-        lora_dropout=dropout,
+def test_activations_are_what_autograd_saves(method: Any, dtype: Any, dropout: float, checkpointing: bool) -> None:
+    plain = replace(
+        QLORA, method=method, dtype=dtype, tokens=256, gradient_checkpointing=checkpointing, lora_modules=14, r=8,
+        device="cpu", lora_dropout=dropout,
     )  # fmt: skip
-    model, shape = build_tiny(training)
-    assert count_saved_bytes(shape, training) == pytest.approx(measure_saved(model, training), rel=0.02)
+    model, shape = build_tiny(plain)
+    for n in (1, 4):
+        training = replace(plain, longest_document=256 // n, n_documents=n, target_tokens=256 - n)
+        assert count_saved_bytes(shape, training) == pytest.approx(measure_saved(model, training), rel=0.02)
 
 
 def test_weights_of_an_8b_in_nf4() -> None:
