@@ -1,8 +1,6 @@
 """What a training run will need of memory and disk, component by component, before anything is loaded.
 
-    always there   weights · quantization constants · lora · optimizer
-    comes and goes gradients · activations · logits · workspace   → the phase with the largest sum is the peak
-
+    weights, quantization constants, lora, gradients, optimizer + what comes and goes; the largest phase is the peak:
     head      loss and its gradient over the labelled positions; every activation is still held
     backward  the last block's backward: with checkpointing its activations are made anew
     update    the end of the backward pass, clipping and AdamW: every gradient is there
@@ -128,7 +126,7 @@ def forecast_memory(shape: Shape, training: Training) -> Forecast:
     phases = {name: weigh(shape, training) for name, weigh in weighers.items()}
     peak = max(phases, key=lambda name: sum(part.size_bytes for part in phases[name]))
     components = (*_list_resident(shape, training), *phases[peak])
-    is_measured = training.device == "cpu" and training.strategy == "single" and training.dtype != "float16"
+    is_measured = (training.device, training.strategy) == ("cpu", "single") and training.dtype != "float16"
     return Forecast(components, sum(part.size_bytes for part in components), peak, is_measured and shape.is_gated)
 
 
@@ -163,6 +161,9 @@ def _list_resident(shape: Shape, training: Training) -> Iterator[Component]:
     yield Component("gradients", gradients, formula)
     yield Component("optimizer", 8 * trained // parts, f"{trained:,} × 2 AdamW moments × 4 bytes")  # torch.optim.AdamW
     if training.device == "cpu":
+        pages = training.dtype_bytes * shape.linear_parameters if training.method == "qlora" else 0
+        words = "the model's file as read for NF4 stays mapped (safetensors); clean pages, the kernel may drop them"
+        yield Component("source pages", pages, words)
         yield Component("runtime", _CPU_RUNTIME, "library code and threads that only training wakes")
 
 
@@ -251,8 +252,7 @@ def _count_lora_width(shape: Shape, training: Training) -> int:
     return width + 4 * shared  # x itself, which layers share; o's is sdpa's output
 
 
-def _count_around_blocks(shape: Shape, training: Training) -> int:
-    """Bytes of embedding, rotary tables, last norm, head's input, and autocast's 16-bit copies of weights."""
+def _count_around_blocks(shape: Shape, training: Training) -> int:  # embedding, rotary tables, last norm, head
     size, tokens, targets = training.dtype_bytes, training.tokens, training.target_tokens
     total = 8 * 2 * targets + 4 * tokens  # labels; the last norm's rsqrt
     if training.method == "full":
@@ -331,9 +331,8 @@ def _list_options(shape: Shape, training: Training) -> Iterator[tuple[str, str, 
 def _turn_to_lora(shape: Shape, training: Training) -> Training:
     """LoRA of rank 16 on every linear layer of the blocks: r × (inputs + outputs) parameters each."""
     h, q, k, f, n_wide = shape.hidden, shape.queries, shape.keys, shape.ffn, 3 if shape.is_gated else 2
-    width = 2 * (h + q) + 2 * (h + k) + n_wide * (h + f)
-    n = shape.n_layers
-    return replace(training, method="lora", r=16, lora_modules=n * (4 + n_wide), lora_parameters=16 * width * n)
+    n, r, width = shape.n_layers, 16, 2 * (h + q) + 2 * (h + k) + n_wide * (h + f)
+    return replace(training, method="lora", r=r, lora_modules=n * (4 + n_wide), lora_parameters=r * width * n)
 
 
 def parse_memory(text: str) -> int:
