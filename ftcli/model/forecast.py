@@ -126,7 +126,7 @@ def forecast_memory(shape: Shape, training: Training) -> Forecast:
     phases = {name: weigh(shape, training) for name, weigh in weighers.items()}
     peak = max(phases, key=lambda name: sum(part.size_bytes for part in phases[name]))
     components = (*_list_resident(shape, training), *phases[peak])
-    is_measured = (training.device, training.strategy) == ("cpu", "single") and training.dtype != "float16"
+    is_measured = (training.device, training.strategy) == ("cpu", "single") and training.dtype == "float32"
     return Forecast(components, sum(part.size_bytes for part in components), peak, is_measured and shape.is_gated)
 
 
