@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ftcli.model.anatomy import describe_model
 from ftcli.model.catalog import CATALOG_PATH, CatalogEntry, find_entry, list_entries
 from ftcli.model.catalog.make_catalog import ROWS, parse_literal
+from ftcli.model.dimensions import read_dimensions
 
 # layers, hidden, FFN, query heads, key/value heads, vocabulary, tied, parameters
 FACTS: dict[str, tuple[Any, ...]] = {
@@ -31,10 +34,33 @@ FACTS: dict[str, tuple[Any, ...]] = {
     "openai-community/gpt2": (12, 768, None, 12, None, 50257, True, 124_439_808),
 }
 
+# The smallest of each family that transformers builds in every run; the others are slow.
+SMALL = (
+    "HuggingFaceTB/SmolLM2-135M", "mistralai/Mistral-7B-v0.1", "mistralai/Mixtral-8x7B-v0.1", "microsoft/phi-2",
+    "microsoft/Phi-4-mini-instruct", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-30B-A3B",
+    "google/gemma-2b", "google/gemma-2-2b-it", "google/gemma-3-270m", "HuggingFaceTB/SmolLM3-3B",
+    "allenai/OLMo-2-1124-7B", "bigcode/starcoder2-7b", "openai-community/gpt2",
+)  # fmt: skip
+
+
+def describe(entry: CatalogEntry) -> int:
+    """The total that the anatomy counts, once for each config."""
+    return _describe_id(entry.same_architecture_as or entry.id)
+
+
+@cache
+def _describe_id(model_id: str) -> int:
+    entry = find_entry(model_id)
+    assert entry
+    return describe_model(read_dimensions(entry.config)).parameters.total
+
 
 def count_parameters(entry: CatalogEntry) -> int:
     """How many parameters transformers gives the model, tied ones once."""
-    config = AutoConfig.for_model(**entry.config)
+    values = dict(entry.config)
+    if (values.get("rope_scaling") or {}).get("type") == "su":  # longrope's first name, which transformers 5 half reads
+        values["rope_scaling"] = {**values["rope_scaling"], "type": "longrope"}
+    config = AutoConfig.for_model(**values)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
@@ -50,7 +76,7 @@ def test_pinned_facts(model_id: str) -> None:
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     found = [getattr(config, name, None) for name in names]
     assert [*found, config.vocab_size, config.tie_word_embeddings] == shape
-    assert count_parameters(entry) == parameters
+    assert count_parameters(entry) == describe(entry) == parameters
 
 
 def test_entries_are_found_in_any_case_and_name_their_source() -> None:
@@ -67,7 +93,7 @@ def test_entries_are_found_in_any_case_and_name_their_source() -> None:
 def test_catalog_is_what_its_tables_say() -> None:
     entries = {entry.id: entry for entry in list_entries()}
     assert sorted(entries, key=str.casefold) == list(entries)
-    assert {model_id for row in ROWS for model_id in (row.id, *row.twins)} == set(entries)
+    assert {model_id for row in ROWS for model_id in (row.id, *row.names, *row.twins)} == set(entries)
     for row in ROWS:
         assert entries[row.id].source == row.source
         for twin in row.twins:
@@ -76,14 +102,40 @@ def test_catalog_is_what_its_tables_say() -> None:
     catalog = json.loads(CATALOG_PATH.read_text(encoding="utf-8"))
     assert catalog["schema"] == 1
     assert {model["config"] for model in catalog["models"].values()} == set(catalog["configs"])
-    assert CATALOG_PATH.stat().st_size < 120_000
+    assert CATALOG_PATH.stat().st_size < 150_000
+
+
+def test_published_counts_agree_to_their_digits() -> None:
+    stated = {entry.id: entry for entry in list_entries() if entry.published}
+    assert len(stated) > 40
+    for entry in stated.values():
+        assert entry.published
+        text = entry.published.parameters
+        digits = len(text.rstrip("B").partition(".")[2])
+        unit = 10 ** (9 - digits) if text.endswith("B") else 1
+        found = describe(entry)
+        assert abs(found - float(text.rstrip("B")) * (1e9 if text.endswith("B") else 1)) < unit, (entry.id, text, found)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_id", SMALL)
+def test_one_of_each_family_counts_as_transformers_does(model_id: str) -> None:
+    entry = find_entry(model_id)
+    assert entry
+    assert describe(entry) == count_parameters(entry)
+
+
+def test_small_entries_cover_every_family() -> None:
+    families = {entry.id: read_dimensions(entry.config).family for entry in list_entries()}
+    assert {families[model_id] for model_id in SMALL} == set(families.values())
+    assert all(describe(entry) > 0 for entry in list_entries())
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("entry", list_entries(), ids=lambda entry: entry.id)
-def test_every_entry_builds(entry: CatalogEntry) -> None:
-    assert count_parameters(entry) > 0
+def test_every_entry_counts_as_transformers_does(entry: CatalogEntry) -> None:
+    assert describe(entry) == count_parameters(entry)
 
 
 def test_literals_are_read_in_both_spellings_and_nothing_runs() -> None:
@@ -91,5 +143,6 @@ def test_literals_are_read_in_both_spellings_and_nothing_runs() -> None:
         "a": [True, None],
         "b": {"c": None},
     }
+    assert parse_literal('set {3, 7} then {"a": 1}', "here") == {"a": 1}
     with pytest.raises(ValueError, match="malformed"):
         parse_literal("{'a': print()}", "here")

@@ -39,8 +39,9 @@ class Published:
 class CatalogEntry:
     """A model's config as published, less the keys that only record who saved it.
 
-    ``same_architecture_as`` is an id whose config stands in: shapes are this model's, its own context length and
-    token ids may differ. ``part`` says which part of a multimodal config this is, "" for a whole one.
+    ``same_architecture_as`` is an id whose config stands in: the shapes are this model's too, but its context
+    length, rotary base and token ids may differ. ``part`` is the part of a multimodal config that ``config`` is
+    (``text_config``: the model without its vision tower), "" for a whole one.
     """
 
     id: str
