@@ -213,6 +213,9 @@ def _list_run_facts(summary: RunSummary) -> list[tuple[str, str]]:
         facts.append(("time", f"{format_seconds(summary.seconds)}, of which training {steps}"))
     if summary.peak_rss_bytes is not None:
         facts.append(("memory", f"{format_bytes(summary.peak_rss_bytes)} at most"))
+    if summary.forecast_bytes and summary.measured_bytes:
+        foretold, measured = format_bytes(summary.forecast_bytes), format_bytes(summary.measured_bytes)
+        facts.append(("", f"model and training {measured}, forecast {foretold}"))
     if summary.artifact:
         size = "" if summary.trainable_parameters is None else f"  ({summary.trainable_parameters:,} parameters)"
         facts.append(("saved", f"{summary.artifact}{size}"))

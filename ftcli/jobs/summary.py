@@ -37,7 +37,11 @@ class SampleChange:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run as it stands; ``seconds`` and ``peak_rss_bytes`` are None until it has finished."""
+    """A run as it stands; what was measured is None until it has finished.
+
+    ``measured_bytes`` is what ``forecast_bytes`` foretold: allocated on the CUDA device, or resident in host memory
+    beyond what was there before the model was loaded.
+    """
 
     run: str
     state: str
@@ -52,6 +56,8 @@ class RunSummary:
     train_seconds: float
     seconds: float | None
     peak_rss_bytes: int | None
+    forecast_bytes: int | None
+    measured_bytes: int | None
     trainable_parameters: int | None
     artifact: str | None
 
@@ -76,6 +82,8 @@ class RunSummary:
             "score": score,
             "seconds": self.seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
+            "forecast_bytes": self.forecast_bytes,
+            "measured_bytes": self.measured_bytes,
             "adapter": self.artifact,
         }
 
@@ -105,6 +113,8 @@ def summarize_run(run: RunFolder) -> RunSummary:
         train_seconds=sum(entry["seconds"] for entry in timing),
         seconds=measured.get("seconds"),
         peak_rss_bytes=measured.get("peak_rss_bytes"),
+        forecast_bytes=(manifest.get("forecast") or {}).get("total_bytes"),
+        measured_bytes=_compare_memory(measured),
         trainable_parameters=measured.get("trainable_parameters"),
         artifact=str(run.artifact) if is_finished else None,
     )
@@ -150,3 +160,10 @@ def _read_metric(run: RunFolder) -> str | None:
         raise ContentError("recipe.yaml is missing or damaged", where=str(run.path)) from error
     section = recipe.get("eval") or {}
     return json.loads(json.dumps(section.get("score")))  # type: ignore[no-any-return]
+
+
+def _compare_memory(measured: dict[str, Any]) -> int | None:
+    if device_bytes := measured.get("allocated_device_bytes"):
+        return int(device_bytes)
+    start, peak = measured.get("start_rss_bytes"), measured.get("peak_rss_bytes")
+    return peak - start if start and peak else None

@@ -13,6 +13,7 @@ from ftcli.model.base import is_memory_error
 from ftcli.recipe import dump_recipe
 from ftcli.store.file import write_text
 from ftcli.store.run import RunFolder, append_line, now_text, read_manifest, update_manifest
+from ftcli.train.forecast import forecast_run
 from ftcli.train.loop import StepResult
 from ftcli.train.memory import measure_memory
 from ftcli.train.prepare import Prepared
@@ -33,7 +34,7 @@ def write_start(run: RunFolder, prepared: Prepared, *, is_resumed: bool) -> None
         **prepared.inputs,
         parent=recipe.peft.adapter if recipe.peft else None,
         data={part.name: asdict(part.report) for part in (prepared.split.train, *prepared.split.held_out)},
-        forecast=None,
+        forecast=forecast_run(prepared),
         measured=None,
         verify=None,
         files={},
