@@ -230,7 +230,7 @@ def _list_movement(moved: Sequence[Moved]) -> Iterator[str]:
 
 def _group(moved: Sequence[Moved], key: str) -> dict[str, list[Moved]]:
     groups: dict[str, list[Moved]] = {}
-    for entry in moved:
+    for entry in sorted(moved, key=lambda entry: -1 if entry.layer is None else entry.layer):
         value = entry.layer if key == "layer" else entry.module.rpartition(".")[2]
         groups.setdefault("outside" if value is None else str(value), []).append(entry)
     return groups
