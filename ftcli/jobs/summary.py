@@ -82,8 +82,6 @@ class RunSummary:
             "score": score,
             "seconds": self.seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
-            "forecast_bytes": self.forecast_bytes,
-            "measured_bytes": self.measured_bytes,
             "adapter": self.artifact,
         }
 
