@@ -102,7 +102,7 @@ def test_catalog_is_what_its_tables_say() -> None:
     catalog = json.loads(CATALOG_PATH.read_text(encoding="utf-8"))
     assert catalog["schema"] == 1
     assert {model["config"] for model in catalog["models"].values()} == set(catalog["configs"])
-    assert CATALOG_PATH.stat().st_size < 150_000
+    assert CATALOG_PATH.stat().st_size < 120_000
 
 
 def test_published_counts_agree_to_their_digits() -> None:
