@@ -18,8 +18,7 @@ from torch.nn import functional
 from ftcli.data.batch import IGNORE_LABEL, Batch, build_batch
 from ftcli.data.chat import Rendered
 
-_LOGITS_AT_A_TIME = 1 << 20  # at least: 4 MiB in float32
-_MOST_PIECES = 32  # kernels launched, against memory: a piece is held twice in float32, a quarter of a byte a logit
+_LOGITS_AT_A_TIME = 1 << 22  # 16 MiB in float32: small beside any head, large enough for a kernel
 _SUM = 2  # at::Reduction::Sum
 
 
@@ -113,7 +112,7 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None]:
         log_p, targets = ctx.saved_tensors
         grad = log_p if ctx.dtype is torch.float32 else torch.empty_like(log_p, dtype=ctx.dtype)
-        n_rows = max(1, _LOGITS_AT_A_TIME // log_p.shape[1], -(-len(targets) // _MOST_PIECES))
+        n_rows = max(1, _LOGITS_AT_A_TIME // log_p.shape[1])
         weight = torch.zeros_like(grad_loss)  # of all targets; a sum is not divided by it
         for start in range(0, len(targets), n_rows):
             rows, wanted = log_p[start : start + n_rows], targets[start : start + n_rows]
