@@ -12,14 +12,10 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ftcli.data.batch import IGNORE_LABEL, Batch, build_batch
 from ftcli.data.chat import Rendered
-
-_LOGITS_AT_A_TIME = 1 << 22  # 16 MiB in float32: small beside any head, large enough for a kernel
-_SUM = 2  # at::Reduction::Sum
 
 
 def compute_loss_sum(model: Any, batch: Batch) -> torch.Tensor:
@@ -40,20 +36,7 @@ def compute_loss_sum(model: Any, batch: Batch) -> torch.Tensor:
         logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[
             0, targets - 1
         ]
-    return sum_cross_entropy(logits, batch.labels[0, targets])
-
-
-def sum_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """``cross_entropy(logits.float(), targets, reduction="sum")`` to the bit, in a third to a half of its memory.
-
-    Autograd holds log-softmax, the gradient of the picked values and the gradient of log-softmax side by side: 12
-    bytes for each logit. Here the same operators make the gradient some rows at a time, and in float32 it takes the
-    place of the log-softmax: 6 bytes for each 16-bit logit, 8 in float32. One backward pass, no second derivative.
-
-    Shapes: ``logits`` (N, vocabulary), ``targets`` (N,), none of which is ignored.
-    """
-    loss: torch.Tensor = _CrossEntropySum.apply(logits, targets)  # type: ignore[no-untyped-call]
-    return loss
+    return functional.cross_entropy(logits.float(), batch.labels[0, targets], reduction="sum")
 
 
 @torch.no_grad()
@@ -93,32 +76,6 @@ def compute_mean_loss(
     finally:
         model.train(was_training)
     return total / max(1, n_targets)
-
-
-class _CrossEntropySum(torch.autograd.Function):
-    """What ``sum_cross_entropy`` says, as an operator of autograd's."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        own = logits.float()
-        is_copy = own is not logits
-        log_p = torch.log_softmax(own, 1, out=own) if is_copy else torch.log_softmax(own, 1)
-        ctx.save_for_backward(log_p, targets)
-        ctx.dtype = logits.dtype
-        return functional.nll_loss(log_p, targets, reduction="sum")
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None]:
-        log_p, targets = ctx.saved_tensors
-        grad = log_p if ctx.dtype is torch.float32 else torch.empty_like(log_p, dtype=ctx.dtype)
-        n_rows = max(1, _LOGITS_AT_A_TIME // log_p.shape[1])
-        weight = torch.zeros_like(grad_loss)  # of all targets; a sum is not divided by it
-        for start in range(0, len(targets), n_rows):
-            rows, wanted = log_p[start : start + n_rows], targets[start : start + n_rows]
-            picked = torch.ops.aten.nll_loss_backward(grad_loss, rows, wanted, None, _SUM, IGNORE_LABEL, weight)
-            grad[start : start + n_rows] = torch.ops.aten._log_softmax_backward_data(picked, rows, 1, torch.float32)
-        return grad, None
 
 
 def _unwrap(model: Any) -> Any:
