@@ -137,7 +137,12 @@ def _ask_hub(target: str, revision: str | None) -> ModelSource:
         place = f"{entry.source.repository}, {entry.source.path}, commit {entry.source.commit[:12]}"
         notice = f"the Hub was not read ({error.what}): this is ftcli's catalog, from {place}"
         if entry.same_architecture_as:
-            notice += f"; read for {entry.same_architecture_as}, whose architecture it shares"
+            notice += (
+                f"; only the architecture is known to be its own: context, rope and KV cache at full context "
+                f"are those of {entry.same_architecture_as}"
+            )
+        if entry.part:
+            notice += "; the text part alone, without a vision tower"
         return ModelSource(target, "the bundled catalog", entry.config, notices=(notice,))
 
 
