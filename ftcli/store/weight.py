@@ -21,6 +21,7 @@ from typing import Any
 
 from ftcli.errors import ContentError
 from ftcli.store.gguf_header import check_gguf_data, read_gguf_header
+from ftcli.store.pickle_table import read_bin_tensors
 from ftcli.store.safetensors_header import read_safetensors_header
 from ftcli.store.tensor import TensorEntry as TensorEntry
 from ftcli.store.tensor import check_name, explain_read_error, open_weights
@@ -235,6 +236,8 @@ def _read_file(path: Path) -> tuple[int, list[TensorEntry], dict[str, Any]]:
         pass
     if path.suffix == ".safetensors":
         return size_bytes, *read_safetensors_header(path)
+    if path.suffix == ".bin":
+        return size_bytes, *read_bin_tensors(path)
     if path.suffix == ".gguf":
         header = read_gguf_header(path)
         check_gguf_data(header, size_bytes, str(path))
