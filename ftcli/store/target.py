@@ -208,7 +208,7 @@ def read_config(files: ModelFiles) -> dict[str, Any]:
     config_path = files.folder / "config.json"
     try:
         value = json.loads(config_path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ContentError(f"cannot be read as JSON: {error}", where=str(config_path)) from error
     if not isinstance(value, dict):
         raise ContentError("is no JSON object", where=str(config_path))
