@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ftcli.cli.console import format_bytes
+from ftcli.cli.rows import wrap
 
 if TYPE_CHECKING:
     from ftcli.jobs.inspect import AdapterFacts, Inspection
@@ -35,10 +36,10 @@ def list_inspection(
 ) -> Iterator[str]:
     """The lines of everything that is known of a target."""
     source, anatomy = inspection.source, inspection.anatomy
-    yield from _wrap("target     ", source.target, width)
-    yield from _wrap("source     ", source.origin, width)
+    yield from wrap("target     ", source.target, width)
+    yield from wrap("source     ", source.origin, width)
     for notice in source.notices:
-        yield from _wrap("notice: ", notice, width)
+        yield from wrap("notice: ", notice, width)
     if inspection.adapter:
         yield ""
         yield from _list_adapter(inspection.adapter, width)
@@ -71,25 +72,25 @@ def _list_shape(anatomy: Anatomy, width: int) -> Iterator[str]:
     total = f"{counts.total:,} parameters"
     if counts.active != counts.total:
         total += f", of which a token passes through {counts.active:,}"
-    yield from _wrap("size       ", total, width)
+    yield from wrap("size       ", total, width)
     family = anatomy.family.title
-    yield from _wrap("family     ", f"{family}: {d.n_layers} layers of width {d.hidden:,}", width)
+    yield from wrap("family     ", f"{family}: {d.n_layers} layers of width {d.hidden:,}", width)
     if not d.n_heads:
-        yield from _wrap("           ", "heads, context and positions are only told by a config.json", width)
+        yield from wrap("           ", "heads, context and positions are only told by a config.json", width)
         return
     heads = f"{d.attention_kind}, {d.n_heads} query and {d.n_kv_heads} key/value heads of {d.head_dim}"
-    yield from _wrap("attention  ", heads, width)
+    yield from wrap("attention  ", heads, width)
     gate = "gated" if anatomy.family.is_gated else "not gated"
     ffn = f"{gate}, {d.activation}, width {d.ffn:,}"
     if d.experts:
         ffn = f"{d.experts.count} experts of width {d.experts.ffn:,}, {d.experts.per_token} for a token; {gate}"
-    yield from _wrap("FFN        ", ffn, width)
+    yield from wrap("FFN        ", ffn, width)
     eps = f", epsilon {d.norm_eps:g}" if d.norm_eps else ""
-    yield from _wrap("norms      ", f"{anatomy.family.norm_kind}{eps}", width)
+    yield from wrap("norms      ", f"{anatomy.family.norm_kind}{eps}", width)
     tie = "tied to the embedding" if anatomy.is_tied else "a matrix of its own"
-    yield from _wrap("head       ", f"{tie}, {d.vocab:,} rows", width)
-    yield from _wrap("context    ", _explain_context(d), width)
-    yield from _wrap("KV cache   ", _explain_cache(d), width)
+    yield from wrap("head       ", f"{tie}, {d.vocab:,} rows", width)
+    yield from wrap("context    ", _explain_context(d), width)
+    yield from wrap("KV cache   ", _explain_cache(d), width)
 
 
 def _explain_context(d: Dimensions) -> str:
@@ -142,14 +143,14 @@ def _list_sizes(inspection: Inspection, anatomy: Anatomy, width: int) -> Iterato
         types = ", ".join(f"{dtype} {format_bytes(size)}" for dtype, (_, size) in inspection.dtypes.items())
         files = "1 file" if len(table.files) == 1 else f"{len(table.files)} files"
         size_bytes = sum(file.size_bytes for file in table.files)
-        yield from _wrap("on disk    ", f"{format_bytes(size_bytes)} in {files}: {types}", width)
+        yield from wrap("on disk    ", f"{format_bytes(size_bytes)} in {files}: {types}", width)
     sizes = anatomy.weigh()
     names = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "nf4": "NF4", "nf4_double": "NF4, double quantised"}
     cells = [f"{names[name]} {format_bytes(size)}" for name, size in sizes.items()]
-    yield from _wrap("in memory  ", " · ".join(cells), width)
+    yield from wrap("in memory  ", " · ".join(cells), width)
     gguf = anatomy.weigh_gguf()
     cells = [f"{name} {format_bytes(gguf[name])}" for name in _GGUF_SHOWN]
-    yield from _wrap("as GGUF    ", " · ".join(cells), width)
+    yield from wrap("as GGUF    ", " · ".join(cells), width)
 
 
 def _list_words(inspection: Inspection, width: int) -> Iterator[str]:
@@ -157,27 +158,27 @@ def _list_words(inspection: Inspection, width: int) -> Iterator[str]:
     if vocabulary:
         yield ""
         entries = f"{vocabulary.entries:,} entries" if vocabulary.entries else "entries are in tokenizer.json"
-        yield from _wrap("tokenizer  ", f"{entries}, {len(vocabulary.special):,} special tokens", width)
+        yield from wrap("tokenizer  ", f"{entries}, {len(vocabulary.special):,} special tokens", width)
         roles = [
             f"{role.removesuffix('_token')} {text}" + ("" if token is None else f" ({token})")
             for role, (text, token) in vocabulary.roles.items()
         ]
-        yield from _wrap("           ", " · ".join(roles), width)
+        yield from wrap("           ", " · ".join(roles), width)
         others = [text for text in vocabulary.special.values() if text not in {t for t, _ in vocabulary.roles.values()}]
         if others:
             more = f" and {len(others) - _SPECIAL_SHOWN:,} more" if len(others) > _SPECIAL_SHOWN else ""
-            yield from _wrap("           ", " ".join(others[:_SPECIAL_SHOWN]) + more, width)
+            yield from wrap("           ", " ".join(others[:_SPECIAL_SHOWN]) + more, width)
     if inspection.template:
         facts = inspection.template
         tools = "reads tools" if facts.reads_tools else "no tools"
         words = f"{facts.style}; {tools}; thinking: {facts.thinking}; system: {facts.system}"
-        yield from _wrap("template   ", words, width)
+        yield from wrap("template   ", words, width)
     elif vocabulary:
-        yield from _wrap("template   ", "none: a base model; set tokenizer.chat_template to train chats", width)
+        yield from wrap("template   ", "none: a base model; set tokenizer.chat_template to train chats", width)
     if generation := inspection.source.generation:
         keys = ("eos_token_id", "temperature", "top_p", "top_k", "max_length", "repetition_penalty")
         given = [f"{key} {generation[key]}" for key in keys if key in generation]
-        yield from _wrap("generation ", " · ".join(given) or "no defaults", width)
+        yield from wrap("generation ", " · ".join(given) or "no defaults", width)
 
 
 def _list_lora(inspection: Inspection) -> Iterator[str]:
@@ -192,17 +193,19 @@ def _list_adapter(adapter: AdapterFacts, width: int) -> Iterator[str]:
     kinds = [name for name, key in (("rsLoRA", "use_rslora"), ("DoRA", "use_dora")) if config.get(key)]
     words = f"r {config.get('r')}, alpha {config.get('lora_alpha')}" + "".join(f", {kind}" for kind in kinds)
     size = f"{adapter.parameters:,} parameters, {format_bytes(adapter.size_bytes)}"
-    yield from _wrap("adapter    ", f"{words}; {size}", width)
-    targets = config.get("target_modules")
-    listed = ", ".join(map(str, targets)) if isinstance(targets, list) else str(targets)
-    yield from _wrap("targets    ", listed, width)
+    yield from wrap("adapter    ", f"{words}; {size}", width)
+    yield from wrap("targets    ", _join_names(config.get("target_modules")), width)
     if adapter.layers:
-        yield from _wrap("layers     ", _join_ranges(adapter.layers), width)
+        yield from wrap("layers     ", _join_ranges(adapter.layers), width)
     if saved := config.get("modules_to_save"):
-        yield from _wrap("trained    ", f"whole: {', '.join(map(str, saved))}", width)
+        yield from wrap("trained    ", f"whole: {_join_names(saved)}", width)
     if adapter.moved:
         yield ""
         yield from _list_movement(adapter.moved)
+
+
+def _join_names(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _join_ranges(numbers: Sequence[int]) -> str:
@@ -253,8 +256,8 @@ def _list_layers(anatomy: Anatomy) -> Iterator[str]:
 def _list_tensors(anatomy: Anatomy) -> Iterator[str]:
     for tensor in anatomy.tensors:
         shape = "×".join(map(str, tensor.shape))
-        size = format_bytes(tensor.size_bytes) if tensor.size_bytes is not None else ""
-        yield f"{tensor.name:<52} {shape:<14} {tensor.dtype or '':<6}{size:>9}".rstrip()
+        dtype, size = (tensor.entry.dtype, format_bytes(tensor.entry.size_bytes)) if tensor.entry else ("", "")
+        yield f"{tensor.name:<52} {shape:<14} {dtype:<6}{size:>9}".rstrip()
 
 
 def list_model_findings(findings: Sequence[ModelFinding], width: int) -> Iterator[str]:
@@ -262,9 +265,9 @@ def list_model_findings(findings: Sequence[ModelFinding], width: int) -> Iterato
     if not findings:
         yield "checks     nothing found"
     for finding in findings:
-        yield from _wrap("found:   ", finding.what, width)
+        yield from wrap("found:   ", finding.what, width)
         if finding.why:
-            yield from _wrap("         ", finding.why, width)
+            yield from wrap("         ", finding.why, width)
 
 
 def list_plan(plan: TrainingPlan, width: int) -> Iterator[str]:
@@ -272,16 +275,16 @@ def list_plan(plan: TrainingPlan, width: int) -> Iterator[str]:
     t = plan.training
     how = f"{t.method}, {t.dtype}, {t.tokens:,} tokens a micro-batch, "
     how += "checkpointing" if t.gradient_checkpointing else "no checkpointing"
-    yield from _wrap("training   ", f"{how}, on {t.device.upper()}", width)
+    yield from wrap("training   ", f"{how}, on {t.device.upper()}", width)
     if plan.data:
-        yield from _wrap("data       ", f"{plan.data.steps:,} steps; {plan.data.tokens:,} tokens an epoch", width)
+        yield from wrap("data       ", f"{plan.data.steps:,} steps; {plan.data.tokens:,} tokens an epoch", width)
     for notice in plan.notices:
-        yield from _wrap("notice: ", notice, width)
+        yield from wrap("notice: ", notice, width)
     yield ""
     yield from _list_components(plan.forecast.components, width)
     yield f"{'total':<24}{format_bytes(plan.forecast.total_bytes):>11}  at the peak: {plan.forecast.peak_phase}"
     if not plan.forecast.is_calibrated:
-        yield from _wrap("notice: ", "these formulas were not held against measurements on such a device yet", width)
+        yield from wrap("notice: ", "these formulas were not held against measurements on such a device yet", width)
     yield ""
     yield "on disk"
     yield from _list_components(plan.disk, width)
@@ -308,14 +311,8 @@ def _list_verdict(plan: TrainingPlan, width: int) -> Iterator[str]:
     for change in plan.changes:
         note = "" if change.keeps_result else "; changes what is learned"
         words = f"{change.key}: {change.value}  saves {format_bytes(change.saved_bytes)}{note}"
-        yield from _wrap("  → ", words, width)
+        yield from wrap("  → ", words, width)
     if plan.can_fit is False:
-        yield from _wrap("  ", "even with all of these it does not fit", width)
+        yield from wrap("  ", "even with all of these it does not fit", width)
     elif plan.can_fit is None:
-        yield from _wrap("  ", "--fit SIZE tells what to change", width)
-
-
-def _wrap(label: str, text: str, width: int) -> Iterator[str]:
-    yield from textwrap.wrap(
-        text, width, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False
-    ) or [label.rstrip()]
+        yield from wrap("  ", "--fit SIZE tells what to change", width)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ftcli.cli import anatomy, console
-from ftcli.cli.option import Json, Quiet, Verbose
+from ftcli.cli.option import Json, Overrides, Quiet, Verbose
 from ftcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ def inspect(
     ] = 2048,
     batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Rows of a micro-batch.")] = 1,
     method: Annotated[Method, typer.Option("--method", help="How the forecast's run trains.")] = Method.QLORA,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Lay a value over the recipe.")
-    ] = None,
+    overrides: Overrides = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -64,7 +62,8 @@ def inspect(
     budget = _read_budget(gpu, fit)
     with console.reporting(quiet=quiet or json, verbose=verbose) as on_event:
         if target is not None and Path(target).suffix.lower() in (".yaml", ".yml"):
-            show_recipe_plan(Path(target), tuple(overrides or ()), budget, as_json=json, fit=fit, on_event=on_event)
+            changes, should_fit = tuple(overrides or ()), fit is not None
+            show_recipe_plan(Path(target), changes, budget, as_json=json, should_fit=should_fit, on_event=on_event)
             return
         if overrides:
             raise UsageError("--set changes a recipe, and this is none", where=target or "")
@@ -101,7 +100,7 @@ def show_recipe_plan(
     budget_bytes: int | None,
     *,
     as_json: bool,
-    fit: str | None,
+    should_fit: bool = False,
     on_event: OnEvent,
     command: str = "inspect",
 ) -> None:
@@ -112,7 +111,7 @@ def show_recipe_plan(
         recipe,
         overrides=overrides,
         budget_bytes=budget_bytes,
-        should_fit=fit is not None,
+        should_fit=should_fit,
         device=None if budget_bytes is None else "cuda",
         on_event=on_event,
     )

@@ -8,4 +8,5 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no notices.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Lay a value over the recipe.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Also what the libraries log.")]

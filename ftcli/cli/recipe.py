@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ftcli.cli import console
-from ftcli.cli.option import Json, Quiet, Verbose
+from ftcli.cli.option import Json, Overrides, Quiet, Verbose
 
 app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Check a recipe, or print its JSON schema.")
 
@@ -16,9 +16,7 @@ app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Check a rec
 @app.command()
 def check(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Lay a value over the recipe.")
-    ] = None,
+    overrides: Overrides = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,

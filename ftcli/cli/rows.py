@@ -51,12 +51,12 @@ def list_report(report: TokenizeReport, width: int) -> Iterator[str]:
         yield ""
         yield from _list_templates(report, width)
     for notice in report.notices:
-        yield from _wrap("notice: ", notice, width)
+        yield from wrap("notice: ", notice, width)
     if report.skipped:
         yield ""
         yield f"skipped    {len(report.skipped):,} bad rows"
         for problem in report.skipped[:5]:
-            yield from _wrap("  ", str(problem), width)
+            yield from wrap("  ", str(problem), width)
     yield ""
     yield from list_findings(report.findings, width)
 
@@ -66,14 +66,14 @@ def list_findings(findings: Sequence[Finding], width: int) -> Iterator[str]:
     if not findings:
         yield "checks     nothing found"
     for finding in findings:
-        yield from _wrap(f"{finding.severity + ':':<9}", finding.what, width)
+        yield from wrap(f"{finding.severity + ':':<9}", finding.what, width)
         if finding.places:
             more = ", …" if finding.n_rows > len(finding.places) else ""
-            yield from _wrap(" " * 9 + "at ", _join_places(finding.places) + more, width)
+            yield from wrap(" " * 9 + "at ", _join_places(finding.places) + more, width)
         if finding.why:
-            yield from _wrap(" " * 9, finding.why, width)
+            yield from wrap(" " * 9, finding.why, width)
         if finding.hint:
-            yield from _wrap(" " * 9 + "→ ", finding.hint, width)
+            yield from wrap(" " * 9 + "→ ", finding.hint, width)
 
 
 def _list_part(part: PartReport, width: int) -> Iterator[str]:
@@ -81,7 +81,7 @@ def _list_part(part: PartReport, width: int) -> Iterator[str]:
     shown = 0
     for file in part.files[:6]:
         name = _shorten(_shorten_path(file["name"]), width - 40)
-        yield from _wrap(" " * 11, f"{name}  {file['n_rows']:,} {file['format']}", width)
+        yield from wrap(" " * 11, f"{name}  {file['n_rows']:,} {file['format']}", width)
         shown += 1
     if shown < len(part.files):
         yield " " * 11 + f"and {len(part.files) - shown} more files"
@@ -90,7 +90,7 @@ def _list_part(part: PartReport, width: int) -> Iterator[str]:
     yield f"tokens     {part.n_tokens:,}{words}"
     yield f"trained    {part.n_target_tokens:,} ({share:.1%}), of which {part.n_stop_tokens:,} end a turn"
     ranks = "  ".join(f"{name} {value:,}" for name, value in part.percentiles.items())
-    yield from _wrap("lengths    ", f"min {part.shortest:,}  {ranks}  max {part.longest:,}", width)
+    yield from wrap("lengths    ", f"min {part.shortest:,}  {ranks}  max {part.longest:,}", width)
     most = max(entry.n_documents for entry in part.histogram)
     for entry in part.histogram:
         bar = "█" * max(1 if entry.n_documents else 0, round(_BAR * entry.n_documents / most))
@@ -203,7 +203,7 @@ def list_text(report: TextReport, width: int) -> Iterator[str]:
         yield _shorten_end(line, width)
 
 
-def _wrap(label: str, text: str, width: int) -> list[str]:
+def wrap(label: str, text: str, width: int) -> list[str]:
     lines = textwrap.wrap(
         text, width=width - 1, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False
     )

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ftcli.cli import console, rows
-from ftcli.cli.option import Json, Quiet, Verbose
+from ftcli.cli.option import Json, Overrides, Quiet, Verbose
 from ftcli.errors import ContentError, UsageError
 from ftcli.events import OnEvent
 
@@ -49,9 +49,7 @@ def tokenize(
         float | None,
         typer.Option("--tokens-per-second", metavar="N", min=0.001, help="Say how long training takes at this speed."),
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Lay a value over the recipe.")
-    ] = None,
+    overrides: Overrides = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,

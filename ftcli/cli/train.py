@@ -9,14 +9,12 @@ import typer
 
 from ftcli.cli import console
 from ftcli.cli.inspect import show_recipe_plan
-from ftcli.cli.option import Json, Quiet, Verbose
+from ftcli.cli.option import Json, Overrides, Quiet, Verbose
 
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Lay a value over the recipe.")
-    ] = None,
+    overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest sound checkpoint.")] = False,
     resume_from: Annotated[
         Path | None, typer.Option("--resume-from", metavar="PATH", help="Go on from exactly this checkpoint.")
@@ -31,7 +29,7 @@ def train(
     with console.reporting(quiet=quiet or json, verbose=verbose) as on_event:
         if plan:
             changes = tuple(overrides or ())
-            show_recipe_plan(recipe, changes, None, as_json=json, fit=None, on_event=on_event, command="train")
+            show_recipe_plan(recipe, changes, None, as_json=json, on_event=on_event, command="train")
             return
         from ftcli.jobs.summary import summarize_run
         from ftcli.train.run import train as run_training

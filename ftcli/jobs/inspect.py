@@ -16,7 +16,7 @@ from ftcli.model.anatomy import Anatomy, ModelFinding
 from ftcli.model.lora import LoraCost, Moved, count_lora, measure_movement, measure_norm
 from ftcli.model.target import PRESETS
 from ftcli.recipe import PeftSection
-from ftcli.store.vocabulary import read_json
+from ftcli.store.file import read_json
 from ftcli.store.weight import WeightTable, read_weight_table
 
 _STYLES = (
@@ -84,7 +84,7 @@ def inspect_target(
     """
     source = find_source(target)
     anatomy = describe_source(source)
-    adapter = _read_adapter(source, on_event) if source.adapter else None
+    adapter = _read_adapter(source, anatomy, on_event) if source.adapter else None
     if anatomy is None and adapter is None:
         raise ContentError("holds nothing that can be inspected", where=source.target)
     findings = [*(anatomy.findings if anatomy else ()), *list_source_findings(source, anatomy)]
@@ -140,7 +140,7 @@ def read_template_facts(template: str) -> TemplateFacts:
     return TemplateFacts(style, bool(re.search(r"\btools\b", template)), thinking, system)
 
 
-def _read_adapter(source: ModelSource, on_event: OnEvent) -> AdapterFacts:
+def _read_adapter(source: ModelSource, anatomy: Anatomy | None, on_event: OnEvent) -> AdapterFacts:
     folder = source.adapter
     assert folder is not None
     config = read_json(folder / "adapter_config.json") or {}
@@ -150,7 +150,7 @@ def _read_adapter(source: ModelSource, on_event: OnEvent) -> AdapterFacts:
     table = read_weight_table(folder / names[0])
     moved: tuple[Moved, ...] = ()
     if names[0].endswith(".safetensors"):
-        moved = measure_movement(table.tensors, folder, config, _measure_base(source, on_event))
+        moved = measure_movement(table.tensors, folder, config, _measure_base(source, anatomy, on_event))
     return AdapterFacts(
         folder=folder,
         base=str(config.get("base_model_name_or_path") or ""),
@@ -162,19 +162,12 @@ def _read_adapter(source: ModelSource, on_event: OnEvent) -> AdapterFacts:
     )
 
 
-def _measure_base(source: ModelSource, on_event: OnEvent) -> Callable[[str], float | None]:
+def _measure_base(source: ModelSource, anatomy: Anatomy | None, on_event: OnEvent) -> Callable[[str], float | None]:
     """Full name of a module → ‖W‖ of the base, where its weights are here."""
-    from ftcli.model.layout import translate_gguf_name
-
-    if source.table is None or source.folder is None:
-        return lambda name: None
-    is_gguf = source.gguf_file is not None
-    entries = {
-        translate_gguf_name(entry.name) if is_gguf else entry.name: entry
-        for entry in source.table.tensors
-        if not entry.shares
-    }
     folder = source.folder
+    if anatomy is None or source.table is None or folder is None:
+        return lambda name: None
+    entries = {tensor.name: tensor.entry for tensor in anatomy.tensors}
     on_event(Stage("norms", "of the weights that the adapter changes"))
 
     def measure(name: str) -> float | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +68,7 @@ def plan_model(
     """
     shape = measure_shape(anatomy)
     cost = None if method == "full" else count_lora(anatomy, peft or PeftSection())
-    training = build_training(
-        method, cost, tokens=sequence * batch, longest=sequence, n_documents=batch, dropout=0.0, is_checkpointed=True
-    )
+    training = build_training(method, cost, sequence=sequence, batch=batch)
     return _plan(name, shape, training, budget_bytes, should_fit, save_total_limit=2)
 
 
@@ -108,7 +105,7 @@ def plan_recipe(
         should_fit,
         save_total_limit=recipe.checkpoint.save_total_limit,
     )
-    return TrainingPlan(**{**vars(plan), "data": data, "notices": tuple(notices)})
+    return replace(plan, data=data, notices=tuple(notices))
 
 
 def _list_notices(recipe: Recipe) -> list[str]:
@@ -159,7 +156,7 @@ def plan_to_json(plan: TrainingPlan) -> dict[str, Any]:
     """The keys that a plan adds to the document of ``--json``."""
     return {
         "model": plan.model,
-        "training": {**asdict(plan.training)},
+        "training": asdict(plan.training),
         "forecast": {
             **{f"{part.name.replace(' ', '_')}_bytes": part.size_bytes for part in plan.forecast.components},
             "total_bytes": plan.forecast.total_bytes,
@@ -169,17 +166,16 @@ def plan_to_json(plan: TrainingPlan) -> dict[str, Any]:
         "disk": {f"{part.name.replace(' ', '_')}_bytes": part.size_bytes for part in plan.disk},
         "budget_bytes": plan.budget_bytes,
         "fits": plan.fits,
-        "changes": [_change_to_json(change) for change in plan.changes],
+        "changes": [
+            {
+                "key": change.key,
+                "value": change.value,
+                "saved_bytes": change.saved_bytes,
+                "keeps_result": change.keeps_result,
+            }
+            for change in plan.changes
+        ],
         "can_fit": plan.can_fit,
         "data": asdict(plan.data) if plan.data else None,
         "notices": list(plan.notices),
-    }
-
-
-def _change_to_json(change: Change) -> Mapping[str, Any]:
-    return {
-        "key": change.key,
-        "value": change.value,
-        "saved_bytes": change.saved_bytes,
-        "keeps_result": change.keeps_result,
     }

@@ -10,9 +10,18 @@ from typing import Any
 from ftcli.errors import ContentError, HubError, UsageError
 from ftcli.model.anatomy import Anatomy, ModelFinding
 from ftcli.model.demand import describe_files
+from ftcli.store.file import read_json
 from ftcli.store.run import RunFolder, find_newest_run, read_manifest
-from ftcli.store.target import PACKAGE_SCHEME, find_package_file, looks_like_path, suggest_path
-from ftcli.store.vocabulary import Vocabulary, read_json, read_vocabulary
+from ftcli.store.target import (
+    MODEL_FOLDER,
+    PACKAGE_SCHEME,
+    find_package_file,
+    looks_like_path,
+    path_exists,
+    suggest_gguf,
+    suggest_path,
+)
+from ftcli.store.vocabulary import Vocabulary, read_vocabulary
 from ftcli.store.weight import WeightTable, read_weight_table
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".json")
@@ -32,7 +41,6 @@ class ModelSource:
     config: Mapping[str, Any] | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
-    gguf_file: str | None = None
     table: WeightTable | None = None
     vocabulary: Vocabulary | None = None
     adapter: Path | None = None
@@ -54,11 +62,7 @@ def find_source(target: str | None, *, revision: str | None = None) -> ModelSour
     if target.startswith(PACKAGE_SCHEME):
         return _read_file(find_package_file(target), target)
     path = Path(target).expanduser()
-    try:
-        is_there = path.exists()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot be the name of a file: {error}", where=target) from error
-    if is_there:
+    if path_exists(path, target):
         return _read_folder(path, target) if path.is_dir() else _read_file(path, target)
     if looks_like_path(target):
         raise UsageError("no such file or folder", where=target, hint=suggest_path(path))
@@ -78,11 +82,7 @@ def _read_folder(path: Path, target: str) -> ModelSource:
     config = read_json(path / "config.json")
     table = read_weight_table(path)
     if config is None and not table.files:
-        files = sorted(entry.name for entry in path.glob("*.gguf"))
-        hint = f"name the file: {path / files[0]}" if files else "a model folder holds config.json and weights"
-        raise ContentError("this folder holds no model", where=target, hint=hint)
-    if config is None and table.files[0].format == "gguf":
-        return _read_file(path / table.files[0].name, target)
+        raise ContentError("this folder holds no model", where=target, hint=suggest_gguf(path) or MODEL_FOLDER)
     return ModelSource(
         target=target,
         origin="config.json and the headers of its weights" if table.files else "config.json; no weights are here",
@@ -101,15 +101,31 @@ def _read_file(path: Path, target: str) -> ModelSource:
         )
     table = read_weight_table(path)
     if path.suffix == ".gguf":
-        vocabulary = read_vocabulary(path.parent, path.name)
-        return ModelSource(target, "the header of the GGUF file", None, {}, path.parent, path.name, table, vocabulary)
+        return ModelSource(
+            target=target,
+            origin="the header of the GGUF file",
+            folder=path.parent,
+            table=table,
+            vocabulary=read_vocabulary(path.parent, path.name),
+        )
     config = read_json(path.parent / "config.json")
     origin = "the header of this file" + (" and the config.json beside it" if config else "; no config.json beside it")
-    return ModelSource(target, origin, config, {}, path.parent, None, table, read_vocabulary(path.parent))
+    return ModelSource(
+        target=target,
+        origin=origin,
+        config=config,
+        folder=path.parent,
+        table=table,
+        vocabulary=read_vocabulary(path.parent),
+    )
 
 
 def _read_adapter(path: Path, target: str, base: str) -> ModelSource:
     try:
+        if not base:
+            raise ContentError("adapter_config.json names none")
+        if _holds_adapter(Path(base).expanduser()):
+            raise ContentError("is an adapter itself")
         source = find_source(base)
     except (UsageError, HubError, ContentError) as error:
         return ModelSource(
@@ -125,6 +141,10 @@ def _read_adapter(path: Path, target: str, base: str) -> ModelSource:
     return replace(source, target=target, origin=origin, adapter=path, vocabulary=vocabulary)
 
 
+def _holds_adapter(path: Path) -> bool:
+    return path_exists(path / "adapter_config.json", str(path)) or path_exists(path / "adapter", str(path))
+
+
 def _ask_hub(target: str, revision: str | None) -> ModelSource:
     from ftcli.model.catalog import find_entry
 
@@ -134,8 +154,7 @@ def _ask_hub(target: str, revision: str | None) -> ModelSource:
         entry = None if revision else find_entry(target)
         if entry is None:
             raise
-        place = f"{entry.source.repository}, {entry.source.path}, commit {entry.source.commit[:12]}"
-        notice = f"the Hub was not read ({error.what}): this is ftcli's catalog, from {place}"
+        notice = f"the Hub was not read ({error.what}): this is ftcli's catalog, from {entry.source}"
         if entry.same_architecture_as:
             notice += (
                 f"; only the architecture is known to be its own: context, rope and KV cache at full context "
@@ -172,10 +191,9 @@ def describe_source(source: ModelSource) -> Anatomy | None:
     Raises:
         ContentError: config or headers that no model can have.
     """
-    gguf = source.folder / source.gguf_file if source.folder and source.gguf_file else None
     if source.config is None and source.table is None:
         return None
-    return describe_files(source.config, source.table, gguf=gguf, where=source.target)
+    return describe_files(source.config, source.table, where=source.target)
 
 
 def list_source_findings(source: ModelSource, anatomy: Anatomy | None) -> list[ModelFinding]:

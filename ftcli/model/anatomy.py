@@ -9,7 +9,6 @@ Where headers are there, they are what is counted, and what the config says of t
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +19,14 @@ from ftcli.model.dimensions import Dimensions
 from ftcli.model.layout import (
     FAMILIES,
     Family,
-    Place,
+    PlacedTensor,
     Shape,
     find_family,
     locate_tensor,
     plan_tensors,
     translate_gguf_name,
 )
-from ftcli.model.precision import Ratios, Weighed, weigh, weigh_gguf
+from ftcli.model.precision import Ratios, weigh, weigh_gguf
 from ftcli.store.tensor import TensorEntry
 
 PARTS = ("embedding", "position", "attention", "ffn", "norm", "head", "other")
@@ -48,21 +47,6 @@ class Parameters:
     other: int
     active: int
     bias: int
-
-
-@dataclass(frozen=True)
-class PlacedTensor:
-    """A tensor of the model; ``dtype`` and ``size_bytes`` as on disk, None where only the config was read."""
-
-    name: str
-    shape: Shape
-    place: Place
-    dtype: str | None = None
-    size_bytes: int | None = None
-
-    @property
-    def n_elements(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -88,16 +72,21 @@ class ModelFinding:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A model, taken apart. ``has_headers`` tells whether weights' headers were read, or the config alone."""
+    """A model, taken apart."""
 
     dimensions: Dimensions
-    family: Family
     parameters: Parameters
     tensors: tuple[PlacedTensor, ...]
     layers: tuple[LayerRow, ...]
-    is_tied: bool
-    has_headers: bool
     findings: tuple[ModelFinding, ...]
+
+    @property
+    def family(self) -> Family:
+        return find_family(self.dimensions.family)
+
+    @property
+    def is_tied(self) -> bool:
+        return self.dimensions.is_tied
 
     @property
     def block(self) -> tuple[PlacedTensor, ...]:
@@ -107,7 +96,7 @@ class Anatomy:
 
     def weigh(self) -> dict[str, int]:
         """Precision → bytes of the whole model: fp32, bf16, int8, nf4, nf4_double."""
-        return weigh([Weighed(tensor.place, tensor.shape) for tensor in self.tensors])
+        return weigh(self.tensors)
 
     def weigh_gguf(self) -> dict[str, int]:
         """GGUF type → bytes of the tensors in such a file."""
@@ -118,7 +107,7 @@ class Anatomy:
             n_experts=d.experts.count if d.experts else 0,
             is_tied=self.is_tied,
         )
-        return weigh_gguf([Weighed(tensor.place, tensor.shape) for tensor in self.tensors], ratios)
+        return weigh_gguf(self.tensors, ratios)
 
 
 def describe_model(
@@ -144,11 +133,10 @@ def describe_model(
     planned = plan_tensors(dimensions)
     findings = list_config_findings(config or {})
     is_packed = bool((config or {}).get("quantization_config")) and not is_gguf
-    is_tied = dimensions.is_tied
     if entries and not (is_packed and planned):
         tensors = _place_entries(entries, dimensions, planned, is_gguf=is_gguf)
         findings += compare_tensors(tensors, planned, dimensions, is_gguf=is_gguf)
-        if is_tied:
+        if dimensions.is_tied:
             tensors = [t for t in tensors if t.place.part != "head" or t.name.endswith(".bias")]
     elif planned:
         tensors = [PlacedTensor(name, shape, locate_tensor(name)) for name, shape in planned.items()]
@@ -161,12 +149,9 @@ def describe_model(
     tensors = [tensor for tensor in tensors if tensor.place.part != "buffer"]
     return Anatomy(
         dimensions=dimensions,
-        family=find_family(dimensions.family),
         parameters=_count_parameters(tensors, dimensions),
         tensors=tuple(tensors),
         layers=_list_layers(tensors, dimensions),
-        is_tied=is_tied,
-        has_headers=bool(entries),
         findings=tuple(findings),
     )
 
@@ -181,7 +166,7 @@ def _place_entries(
             continue
         place = locate_tensor(entry.name)
         name = translate_gguf_name(entry.name, is_fused=is_fused) if is_gguf else _complete_name(entry.name, planned)
-        placed.append(PlacedTensor(name, entry.shape, place, entry.dtype, entry.size_bytes))
+        placed.append(PlacedTensor(name, entry.shape, place, entry))
     return placed
 
 

@@ -3,60 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 from ftcli.errors import ContentError, UsageError
 from ftcli.model.anatomy import Anatomy, describe_model
-from ftcli.model.dimensions import GGUF_NAMES, Dimensions, read_dimensions, read_gguf_dimensions
+from ftcli.model.dimensions import Dimensions, read_dimensions, read_gguf_dimensions
 from ftcli.model.forecast import Shape, Training
 from ftcli.model.layout import locate_tensor
 from ftcli.model.lora import LoraCost, count_lora
 from ftcli.recipe import PeftSection, Recipe
-from ftcli.store.gguf_header import read_gguf_header
 from ftcli.store.weight import WeightTable
 
 Method = Literal["qlora", "lora", "full"]
 Device = Literal["cpu", "cuda"]
 
 
-def describe_files(
-    config: Mapping[str, Any] | None, table: WeightTable | None, *, gguf: Path | None = None, where: str
-) -> Anatomy:
-    """The anatomy of the model that ``config`` and the headers in ``table`` describe, or a GGUF file does.
+def describe_files(config: Mapping[str, Any] | None, table: WeightTable | None, *, where: str) -> Anatomy:
+    """The anatomy of the model that ``config`` and the headers in ``table`` describe; GGUF files need no config.
 
     Raises:
         ContentError: config or headers that no model can have.
     """
-    if gguf and table:
-        return _describe_gguf(gguf, table, where)
+    if table and table.is_gguf:
+        return _describe_gguf(table, where)
     entries = table.tensors if table else None
     if config is None:
         return describe_model(_infer_dimensions(table), entries, where=where)
     return describe_model(read_dimensions(config, where=f"{where}: config.json"), entries, config=config, where=where)
 
 
-def _describe_gguf(path: Path, table: WeightTable, where: str) -> Anatomy:
+def _describe_gguf(table: WeightTable, where: str) -> Anatomy:
     shapes = {entry.name: entry.shape for entry in table.tensors}
     embedding = shapes.get("token_embd.weight")
     if not embedding:
         raise ContentError("holds no token_embd.weight: it is no language model", where=where)
     is_tied = "output.weight" not in shapes
-    header = read_gguf_header(path)
-    dimensions = read_gguf_dimensions(header.metadata, embedding[0], is_tied=is_tied, where=where)
-    if dimensions.family == "llama" and "blk.0.attn_qkv.weight" in shapes:
-        dimensions = replace(dimensions, family=GGUF_NAMES.get(header.architecture, header.architecture))
+    dimensions = read_gguf_dimensions(table.metadata, embedding[0], is_tied=is_tied, where=where)
     return describe_model(dimensions, table.tensors, is_gguf=True, where=where)
 
 
 def _infer_dimensions(table: WeightTable | None) -> Dimensions:
     """What names and shapes alone give away; heads are not among it, and stand as 0."""
     entries = table.tensors if table else ()
-    layers = [place.layer for entry in entries if (place := locate_tensor(entry.name)).layer is not None]
-    embedding = next((e.shape for e in entries if locate_tensor(e.name).part == "embedding"), (0, 0))
-    n_layers = 1 + max((layer for layer in layers if layer is not None), default=-1)
-    has_head = any(locate_tensor(entry.name).part == "head" for entry in entries)
+    places = [locate_tensor(entry.name) for entry in entries]
+    embedding = next((e.shape for e, place in zip(entries, places, strict=True) if place.part == "embedding"), (0, 0))
+    n_layers = 1 + max((place.layer for place in places if place.layer is not None), default=-1)
+    has_head = any(place.part == "head" for place in places)
     return Dimensions(
         family="",
         n_layers=n_layers,
@@ -88,11 +80,7 @@ def measure_shape(anatomy: Anatomy) -> Shape:
         raise ContentError("without a config.json no training can be forecast", hint="name the model's folder")
     if d.experts:
         raise ContentError("a mixture of experts is not trained by ftcli, so there is nothing to forecast")
-    linear = [
-        tensor.n_elements
-        for tensor in anatomy.tensors
-        if len(tensor.shape) == 2 and tensor.place.layer is not None and tensor.place.part in ("attention", "ffn")
-    ]
+    linear = [tensor.n_elements for tensor in anatomy.tensors if tensor.is_linear]
     return Shape(
         n_layers=d.n_layers,
         hidden=d.hidden,
@@ -122,13 +110,11 @@ def build_recipe_training(recipe: Recipe, anatomy: Anatomy, *, device: Device, d
     """
     method: Method = "full" if recipe.peft is None else "qlora" if recipe.is_4bit else "lora"
     peft = PeftSection() if recipe.peft and recipe.peft.adapter else recipe.peft
-    batch = recipe.train.per_device_train_batch_size
     return build_training(
         method,
         count_lora(anatomy, peft) if peft else None,
-        tokens=recipe.data.max_length * batch,
-        longest=recipe.data.max_length,
-        n_documents=batch,
+        sequence=recipe.data.max_length,
+        batch=recipe.train.per_device_train_batch_size,
         dropout=recipe.peft.lora_dropout if recipe.peft else 0.0,
         is_checkpointed=recipe.train.gradient_checkpointing,
         is_double=recipe.quantization.bnb_4bit_use_double_quant if recipe.quantization else True,
@@ -141,36 +127,35 @@ def build_training(
     method: Method,
     cost: LoraCost | None,
     *,
-    tokens: int,
-    longest: int,
-    n_documents: int,
-    dropout: float,
-    is_checkpointed: bool,
+    sequence: int,
+    batch: int,
+    dropout: float = 0.0,
+    is_checkpointed: bool = True,
     is_double: bool = True,
     dtype: str = "bfloat16",
     device: Device = "cuda",
 ) -> Training:
-    """The training that the numbers describe; every token is taken to be learned.
+    """The training of micro-batches of ``batch`` rows of ``sequence`` tokens, every one of which is learned.
 
     Raises:
         UsageError: no tokens, or a dtype that nothing is trained in.
     """
     if dtype not in ("bfloat16", "float16", "float32"):
         raise UsageError(f"nothing is trained in {dtype}")
-    if longest < 1 or tokens < 1:
+    if sequence < 1 or batch < 1:
         raise UsageError("--seq and --batch must be at least 1")
     return Training(
         method=method,
         dtype=dtype,  # type: ignore[arg-type]
         double_quant=is_double,
-        tokens=tokens,
-        longest_document=longest,
-        target_tokens=tokens,
+        tokens=sequence * batch,
+        longest_document=sequence,
+        target_tokens=sequence * batch,
         gradient_checkpointing=is_checkpointed,
         lora_parameters=cost.parameters if cost else 0,
         lora_modules=cost.modules if cost else 0,
         r=cost.r if cost else 0,
         lora_dropout=dropout,
         device=device,
-        n_documents=n_documents,
+        n_documents=batch,
     )

@@ -8,11 +8,13 @@ in transformers' or GGUF's spelling, says of its place. No torch.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ftcli.model.dimensions import Dimensions
+from ftcli.store.tensor import TensorEntry
 
 Shape = tuple[int, ...]
 
@@ -179,6 +181,30 @@ class Place:
     module: str
 
 
+@dataclass(frozen=True)
+class PlacedTensor:
+    """A tensor of the model by transformers' name; ``entry`` is it on disk, None where only the config was read."""
+
+    name: str
+    shape: Shape
+    place: Place
+    entry: TensorEntry | None = None
+
+    @property
+    def n_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is the weight of a linear layer in a block, which bitsandbytes would quantise."""
+        return len(self.shape) >= 2 and self.place.layer is not None and self.place.part in ("attention", "ffn")
+
+    @property
+    def is_router(self) -> bool:
+        return self.place.module.rpartition(".")[2] in _ROUTER and self.place.part == "ffn"
+
+
+_ROUTER = ("gate", "ffn_gate_inp", "shared_expert_gate")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blk|blocks)\.(\d{1,6})\.")
 _BUFFER = re.compile(
     r"rotary_emb|inv_freq|rope_(freqs|factors)|(?:^|\.)attn\.(masked_)?bias$|quant_state|absmax|nested_"

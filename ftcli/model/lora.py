@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ftcli.errors import ContentError
 from ftcli.model.anatomy import Anatomy
 from ftcli.model.layout import locate_tensor
-from ftcli.model.target import ModuleTable, plan_targets
+from ftcli.model.target import ModuleTable, matches_pattern, plan_targets
 from ftcli.recipe import PeftSection
 from ftcli.store.tensor import TensorEntry, open_weights
 
@@ -107,7 +107,7 @@ def measure_movement(
         measure_base: full name of a module → ‖W‖ of the base, or None.
 
     Raises:
-        ContentError: factors that do not belong together.
+        ContentError: factors that do not belong together, or a scale that is no number.
     """
     factors: dict[str, dict[str, TensorEntry]] = {}
     for entry in entries:
@@ -120,7 +120,7 @@ def measure_movement(
         a, b = read_array(folder, pair["A"]), read_array(folder, pair["B"])
         if a.shape[0] != b.shape[1] or not a.shape[0]:
             raise ContentError(f"{name}: lora_A is {a.shape} and lora_B {b.shape}", where=str(folder))
-        norm = _find_scale(config, name, a.shape[0]) * _measure_product(a, b)
+        norm = _find_scale(config, name, a.shape[0], folder) * _measure_product(a, b)
         place = locate_tensor(f"{name}.weight")
         moved.append(Moved(name, place.layer, place.module, norm, measure_base(name)))
     return tuple(moved)
@@ -133,17 +133,18 @@ def _measure_product(a: np.ndarray, b: np.ndarray) -> float:
     return math.sqrt(max(0.0, float((gram_a * gram_b).sum())))
 
 
-def _find_scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    alpha = float(_match(config.get("alpha_pattern") or {}, name, config.get("lora_alpha") or rank))
+def _find_scale(config: Mapping[str, Any], name: str, rank: int, folder: Path) -> float:
+    try:
+        alpha = float(_match(config.get("alpha_pattern") or {}, name, config.get("lora_alpha") or rank))
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        where = str(folder / "adapter_config.json")
+        raise ContentError(f"lora_alpha or alpha_pattern cannot be read: {error}", where=where) from error
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def _match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    """As peft.utils.other.get_pattern_key matches; the first that does wins."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
+    """The value of the first pattern that matches ``name``, which is the one that PEFT takes."""
+    return next((value for key, value in pattern.items() if matches_pattern(key, name)), default)
 
 
 def measure_norm(folder: Path, entry: TensorEntry) -> float | None:

@@ -10,11 +10,10 @@ No torch. Also the place where a GGUF export learns which type a tensor gets.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ftcli.model.layout import Place, Shape
+from ftcli.model.layout import Place, PlacedTensor
 from ftcli.store.gguf_header import GGML_TYPES
 
 BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes: 4-bit blocksize, and that of double quantisation
@@ -33,27 +32,6 @@ _VALUE = ("v_proj", "attn_v", "qkv_proj", "attn_qkv", "c_attn", "query_key_value
 _DOWN = ("down_proj", "ffn_down", "ffn_down_exps", "w2", "fc2", "mlp.c_proj", "dense_4h_to_h")
 _OUT = ("o_proj", "attn_output", "attn.c_proj", "self_attn.dense", "attention.dense")
 _KEY = ("k_proj", "attn_k")
-_ROUTER = ("gate", "ffn_gate_inp", "shared_expert_gate")
-
-
-@dataclass(frozen=True)
-class Weighed:
-    """A tensor as its size in a precision follows from it; ``is_linear``: what bitsandbytes would quantise."""
-
-    place: Place
-    shape: Shape
-
-    @property
-    def n_elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def is_linear(self) -> bool:
-        return len(self.shape) >= 2 and self.place.layer is not None and self.place.part in ("attention", "ffn")
-
-    @property
-    def is_router(self) -> bool:
-        return self.place.module.rpartition(".")[2] in _ROUTER and self.place.part == "ffn"
 
 
 @dataclass(frozen=True)
@@ -66,7 +44,7 @@ class Ratios:
     is_tied: bool
 
 
-def weigh(tensors: Sequence[Weighed]) -> dict[str, int]:
+def weigh(tensors: Sequence[PlacedTensor]) -> dict[str, int]:
     """Precision → bytes of all ``tensors``: fp32, bf16, int8, nf4, nf4_double."""
     total = sum(tensor.n_elements for tensor in tensors)
     sizes = {"fp32": 4 * total, "bf16": 2 * total}
@@ -79,7 +57,7 @@ def weigh(tensors: Sequence[Weighed]) -> dict[str, int]:
     return sizes
 
 
-def weigh_gguf(tensors: Sequence[Weighed], ratios: Ratios) -> dict[str, int]:
+def weigh_gguf(tensors: Sequence[PlacedTensor], ratios: Ratios) -> dict[str, int]:
     """GGUF type → bytes of the data of all ``tensors`` in a file of that type, without its header."""
     return {name: sum(_weigh_gguf(tensor, name, ratios) for tensor in tensors) for name in GGUF_MIXTURES}
 
@@ -93,19 +71,19 @@ def count_nf4_bytes(n_elements: int, *, is_double: bool) -> int:
     return packed + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4  # 8-bit scales, their scales, one offset
 
 
-def _weigh_int8(tensor: Weighed) -> int:
+def _weigh_int8(tensor: PlacedTensor) -> int:
     if not tensor.is_linear or tensor.is_router:
         return 2 * tensor.n_elements
     return tensor.n_elements + 4 * (tensor.n_elements // tensor.shape[-1])
 
 
-def _weigh_gguf(tensor: Weighed, mixture: str, ratios: Ratios) -> int:
+def _weigh_gguf(tensor: PlacedTensor, mixture: str, ratios: Ratios) -> int:
     block, block_bytes = _SIZES[choose_gguf_type(tensor, mixture, ratios)]
     size_bytes = tensor.n_elements // block * block_bytes
     return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def choose_gguf_type(tensor: Weighed, mixture: str, ratios: Ratios) -> str:
+def choose_gguf_type(tensor: PlacedTensor, mixture: str, ratios: Ratios) -> str:
     """GGUF's name of the type that ``tensor`` gets in ``mixture`` (``q4_k_m``), as llama.cpp chooses it.
 
     Source: ``llama_tensor_get_type`` in llama.cpp's src/llama-quant.cpp.
@@ -126,7 +104,7 @@ def choose_gguf_type(tensor: Weighed, mixture: str, ratios: Ratios) -> str:
     return chosen if row % _SIZES[chosen][0] == 0 else "F16"
 
 
-def _measure_row(tensor: Weighed) -> int:
+def _measure_row(tensor: PlacedTensor) -> int:
     """The length of a row as GGUF stores it; GPT-2's Conv1D weights are turned round."""
     is_turned = tensor.place.module in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     return tensor.shape[-2 if is_turned and len(tensor.shape) == 2 else -1]

@@ -210,11 +210,16 @@ def _check_tied(model: ModuleTable, chosen: Sequence[str]) -> None:
         )
 
 
+def matches_pattern(pattern: str, name: str) -> bool:
+    """Whether a key of a rank or alpha pattern means the module ``name``, as peft.utils.other.get_pattern_key does."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
 def _check_patterns(chosen: Sequence[str], key: str, patterns: dict[str, Any]) -> None:
     """Every key of a rank or alpha pattern must mean a target; PEFT ignores the others silently."""
     for pattern in patterns:
-        try:  # as peft.utils.other.get_pattern_key matches
-            found = any(re.match(rf"(.*\.)?({pattern})$", name) for name in chosen)
+        try:
+            found = any(matches_pattern(pattern, name) for name in chosen)
         except re.error as error:
             raise UsageError(f"{pattern!r} is no valid regex: {error}", where=f"peft.{key}") from error
         if not found:

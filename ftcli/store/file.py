@@ -1,4 +1,7 @@
-"""Writes that are either whole or not there: temporary name in the same folder, fsync, rename."""
+"""JSON that is read with a reason when it cannot be; writes that are either whole or not there.
+
+A write goes to a temporary name in the same folder, then fsync, then rename.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ftcli.errors import DiskError
+from ftcli.errors import ContentError, DiskError
 
 _HASH_BLOCK_BYTES = 1 << 20
+_MOST_JSON_BYTES = 1 << 28
 
 
 def write_text(path: Path, text: str) -> None:
@@ -39,6 +43,25 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Nothing; afterwards ``path`` holds ``value`` as indented JSON, or what it held before."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is no such file.
+
+    Raises:
+        ContentError: it cannot be read, is no JSON, or no object.
+    """
+    try:
+        if not path.is_file():
+            return None
+        if path.stat().st_size > _MOST_JSON_BYTES:
+            raise ContentError("is too large to be what its name says", where=str(path))
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ContentError(f"cannot be read as JSON: {str(error)[:200]}", where=str(path)) from error
+    if not isinstance(value, dict):
+        raise ContentError("is no JSON object", where=str(path))
+    return value
 
 
 @contextmanager

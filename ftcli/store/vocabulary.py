@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ftcli.errors import ContentError
+from ftcli.store.file import read_json
 from ftcli.store.gguf_header import read_gguf_header
 
-_MOST_BYTES = 1 << 28
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _CONTROL = 3  # llama.cpp: LLAMA_TOKEN_TYPE_CONTROL
 
@@ -43,7 +42,7 @@ def read_vocabulary(folder: Path, gguf_file: str | None = None) -> Vocabulary | 
     if not config and not document:
         return None
     ids, special = _list_ids(document), _list_special(document, config)
-    named = {**{text: token for token, text in special.items()}}
+    named = {text: token for token, text in special.items()}
     roles = {}
     extra = read_json(folder / "special_tokens_map.json") or {}
     for role in _ROLES:
@@ -59,25 +58,6 @@ def read_vocabulary(folder: Path, gguf_file: str | None = None) -> Vocabulary | 
         roles=roles,
         template=_read_template(folder, config),
     )
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None if there is no such file.
-
-    Raises:
-        ContentError: it cannot be read, is no JSON, or no object.
-    """
-    try:
-        if not path.is_file():
-            return None
-        if path.stat().st_size > _MOST_BYTES:
-            raise ContentError("is too large to be what its name says", where=str(path))
-        value = json.loads(path.read_bytes())
-    except (ValueError, OSError, RecursionError) as error:
-        raise ContentError(f"cannot be read as JSON: {str(error)[:200]}", where=str(path)) from error
-    if not isinstance(value, dict):
-        raise ContentError("is no JSON object", where=str(path))
-    return value
 
 
 def _list_ids(document: Mapping[str, Any]) -> Any:

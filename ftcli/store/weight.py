@@ -60,13 +60,17 @@ class WeightTable:
     """The weights of one model: files by name, tensors in the order of files and bytes.
 
     A tensor that two files hold stands once. ``metadata`` is safetensors' ``__metadata__`` or GGUF's keys, without
-    lists and long texts.
+    long texts and long lists.
     """
 
     files: tuple[WeightFile, ...]
     tensors: tuple[TensorEntry, ...]
     findings: tuple[WeightFinding, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_gguf(self) -> bool:
+        return bool(self.files) and self.files[0].format == "gguf"
 
     @property
     def size_bytes(self) -> int:
@@ -275,7 +279,7 @@ def _find_incomplete(folder: Path, names: Iterable[str]) -> list[WeightFinding]:
 
 
 def _keep_small(values: dict[str, Any]) -> dict[str, Any]:
-    small = {k: v for k, v in values.items() if type(v) is not list and len(k) + len(str(v)) <= _MOST_TEXT}
+    small = {k: v for k, v in values.items() if len(k) + len(str(v)) <= _MOST_TEXT}
     return dict(list(small.items())[:_MOST_METADATA])
 
 

@@ -23,7 +23,7 @@ def forecast_run(prepared: Prepared) -> dict[str, Any] | None:
     try:
         table = read_weight_table(files.gguf_path or files.folder)
         config = None if files.gguf_path else read_config(files)
-        anatomy = describe_files(config, table, gguf=files.gguf_path, where=files.reference)
+        anatomy = describe_files(config, table, where=files.reference)
         dtype = str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
         kind: Device = "cuda" if device.type == "cuda" else "cpu"
         training = build_recipe_training(recipe, anatomy, device=kind, dtype=dtype)

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ftcli.model.anatomy import describe_model
 from ftcli.model.catalog import CATALOG_PATH, CatalogEntry, find_entry, list_entries
-from ftcli.model.catalog.make_catalog import ROWS, parse_literal
+from ftcli.model.catalog.make_catalog import parse_literal
+from ftcli.model.catalog.table import ROWS
 from ftcli.model.dimensions import read_dimensions
 
 # layers, hidden, FFN, query heads, key/value heads, vocabulary, tied, parameters

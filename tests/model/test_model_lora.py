@@ -1,0 +1,79 @@
+"""What an adapter moved against PEFT's own delta, and adapters whose files do not belong together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from ftcli.errors import ContentError
+from ftcli.jobs.inspect import inspect_target
+
+
+def save_adapter(folder: Path, base: Path, **changes: Any) -> Any:
+    """The PEFT model whose adapter lies in ``folder``, with factors that are not zero."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], **changes),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    return model
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_proj": 5}}],
+)
+def test_movement_is_that_of_peft(tmp_path: Path, tiny_model: Path, changes: dict[str, Any]) -> None:
+    model = save_adapter(tmp_path, tiny_model, **changes)
+    facts = inspect_target(str(tmp_path)).adapter
+    assert facts
+    modules = dict(model.base_model.model.named_modules())
+    assert len(facts.moved) == 4
+    for moved in facts.moved:
+        layer = modules[moved.name]
+        assert moved.delta_norm == pytest.approx(layer.get_delta_weight("default").norm().item(), rel=1e-5)
+        assert moved.weight_norm == pytest.approx(layer.base_layer.weight.norm().item(), rel=1e-5)
+    assert facts.layers == (0, 1)
+    assert facts.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("base", "words"), [("", "names none"), (".", "is an adapter itself"), ("./nothere", "no such file")]
+)
+def test_an_adapter_without_its_base_is_still_shown(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, base: str, words: str
+) -> None:
+    save_adapter(tmp_path, tiny_model)
+    change_config(tmp_path, base_model_name_or_path=base)
+    monkeypatch.chdir(tmp_path)
+    found = inspect_target(str(tmp_path))
+    assert found.anatomy is None
+    assert words in found.source.notices[0]
+    assert found.adapter
+    assert all(moved.weight_norm is None and moved.delta_norm > 0 for moved in found.adapter.moved)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora_alpha": "much"}, {"alpha_pattern": {"(": 3}}, {"alpha_pattern": [1]}, {"lora_alpha": [1]}],
+)
+def test_nonsense_in_an_adapter_config_is_refused(tmp_path: Path, tiny_model: Path, changes: dict[str, Any]) -> None:
+    save_adapter(tmp_path, tiny_model)
+    change_config(tmp_path, **changes)
+    with pytest.raises(ContentError):
+        inspect_target(str(tmp_path))
