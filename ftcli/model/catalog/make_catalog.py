@@ -6,7 +6,7 @@
 FOLDER holds one git directory, bare or not, for each repository: FOLDER/owner+name or FOLDER/owner+name/repo,
 with the commit in it. A file of a repository too large to clone may lie there alone instead, as
 FOLDER/owner+name/COMMIT/PATH. A config is a whole JSON file, or the first literal behind a marker in a text
-(a Python file, a README, what a notebook's cells printed); foreign code is parsed, never run.
+(a Python file, a README); foreign code is parsed, never run.
 """
 
 from __future__ import annotations
@@ -107,8 +107,6 @@ def render_catalog(parts: Mapping[str, Mapping[str, Any]]) -> str:
 
 def read_config(folder: Path, row: Row) -> dict[str, Any]:
     text = read_source(folder, row.source)
-    if row.source.path.endswith(".ipynb"):
-        text = join_outputs(text)
     if row.after:
         _, found, rest = text.partition(row.after)
         if not found:
@@ -117,15 +115,7 @@ def read_config(folder: Path, row: Row) -> dict[str, Any]:
     else:
         value = json.loads(text)
     config = value[row.part] if row.part else value
-    if row.model_type:
-        config = {**config, "model_type": row.model_type}
     return {key: config[key] for key in sorted(config) if key not in DROPPED_KEYS}
-
-
-def join_outputs(notebook: str) -> str:
-    """What the cells of a notebook printed, as one text."""
-    outputs = [output for cell in json.loads(notebook)["cells"] for output in cell.get("outputs", ())]
-    return "\n".join("".join(output.get("text") or output.get("data", {}).get("text/plain", ())) for output in outputs)
 
 
 @cache

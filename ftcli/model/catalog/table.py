@@ -24,8 +24,7 @@ class Row:
     """The config of ``id``: a whole file, or ``part`` of it, or what stands behind ``after`` in it.
 
     ``names`` are other names of the same model, ``twins`` models that share its architecture and nothing more;
-    those in ``bare`` were published without the rest of what ``part`` is taken from. ``model_type`` is for a file that
-    shows a config without it.
+    those in ``bare`` were published without the rest of what ``part`` is taken from.
     """
 
     id: str
@@ -35,7 +34,6 @@ class Row:
     names: tuple[str, ...] = ()
     twins: tuple[str, ...] = ()
     bare: tuple[str, ...] = ()
-    model_type: str = ""
 
 
 AICONFIGURATOR = Repository(
@@ -68,7 +66,6 @@ MLSTM = Repository(
 )
 NEURON = Repository("aws-neuron/neuronx-distributed-inference", "4bcdc54bf3b6ccdad490e5cd0680a3dc95270b8e", "contrib/")
 ONNX_TOOL = Repository("ThanatosShinji/onnx-tool", "00f5f0a04df5d0988b348c27abab245eedf36d9c", "onnx_tool/")
-PHI_MOE = Repository("sidharth72/Phi-1.5-MoE", "98e8b89bc836b3a3c301e1c0bae14a9e09569bc1")
 QUANTUMBENCH = Repository("crurp/quantumbench-llm", "10a931b024a76a71d924dd475206d7b75b2412cb", "models/")
 QWEN_API = Repository("infinityarpan/qwen-25-api", "1f316f4d6694eef36ef4d985e91d03ce07fbc4ae", "models/")
 INSPECTED = "gogongxt/python"
@@ -152,7 +149,6 @@ ROWS = (
     Row("mistralai/Mixtral-8x22B-v0.1", AICONFIGURATOR.at("mistralai--Mixtral-8x22B-v0.1_config.json")),
     Row("mistralai/Mixtral-8x22B-Instruct-v0.1", MAXTEXT.at("checkpoint_conversion/utils/hf_model_configs.py"),
         "mixtral_8x22b_dict = "),
-    Row("microsoft/phi-1_5", PHI_MOE.at("explore_model.ipynb"), "PretrainedConfig ", model_type="phi"),
     Row("microsoft/phi-2", DOTNET.at(f"{PHI}2-config.json")),
     Row("microsoft/Phi-3-mini-4k-instruct", DOTNET.at(f"{PHI}3-mini-4k-instruct-config.json")),
     Row("microsoft/Phi-3-mini-128k-instruct", DOTNET.at(f"{PHI}3-mini-128k-instruct-config.json")),
