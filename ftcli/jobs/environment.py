@@ -101,13 +101,16 @@ def _list_devices() -> tuple[Device, ...]:
 def _try_bf16(device: Device) -> Ability:
     import torch
 
+    from ftcli.model.base import has_cpu_bf16
+
     if device.kind == "cuda":
         works = device.capability is not None and int(device.capability.split(".")[0]) >= 8
         detail = f"compute capability {device.capability}"
         return Ability("bfloat16", works, detail, "" if works else "ftcli trains in float16 with a loss scaler")
     probes = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
     units = [name for name, probe in probes.items() if getattr(torch.cpu, probe, bool)()]
-    return Ability("bfloat16", True, ", ".join(units) or "without instructions for it: slow")
+    works = has_cpu_bf16()
+    return Ability("bfloat16", works, ", ".join(units) or "no AVX512" * (not works), "" if works else "ftcli trains in float32 on this CPU")
 
 
 def _try_nf4(device: Device) -> Ability:

@@ -95,7 +95,8 @@ def plan_recipe(
         raise ContentError("holds no model", where=recipe.model.name_or_path)
     shape = measure_shape(anatomy)
     notices = _list_notices(recipe)
-    training = build_recipe_training(recipe, anatomy, device=device or _find_device())
+    found, dtype = (device, "bfloat16") if device else _find_device(recipe)
+    training = build_recipe_training(recipe, anatomy, device=found, dtype=dtype)
     data = _count_data(path, overrides, notices, on_event)
     plan = _plan(
         recipe.model.name_or_path,
@@ -116,10 +117,13 @@ def _list_notices(recipe: Recipe) -> list[str]:
     return []
 
 
-def _find_device() -> Device:
-    from ftcli.model.base import choose_device
+def _find_device(recipe: Recipe) -> tuple[Device, str]:
+    """The device that a run here would take, and the dtype."""
+    from ftcli.model.base import choose_device, choose_dtype
 
-    return "cuda" if choose_device().type == "cuda" else "cpu"
+    device = choose_device()
+    dtype = str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
+    return ("cuda" if device.type == "cuda" else "cpu"), dtype
 
 
 def _count_data(path: Path, overrides: tuple[str, ...], notices: list[str], on_event: OnEvent) -> DataFacts | None:

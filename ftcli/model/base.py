@@ -27,15 +27,22 @@ def choose_device() -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that ``model.dtype`` means: ``auto`` is bfloat16 where the device has it, else float16.
+    """The dtype that ``model.dtype`` means: ``auto`` is bfloat16 where the device computes in it.
 
-    CUDA has bfloat16 from compute capability 8.0; CPUs always.
+    Else it is float16 on CUDA (compute capability below 8.0), and float32 on a CPU without the instructions that
+    oneDNN needs (AVX512 on x86), where products in bfloat16 take ten times as long.
     """
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8:
-        return torch.bfloat16
-    return torch.float16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    return torch.bfloat16 if has_cpu_bf16() else torch.float32
+
+
+def has_cpu_bf16() -> bool:
+    """Whether this CPU multiplies matrices in bfloat16 with instructions of its own."""
+    probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return bool(torch.backends.mkldnn.is_available() and probe and probe())
 
 
 def is_memory_error(error: BaseException) -> bool:
