@@ -7,6 +7,7 @@ installed package, which is never imported); a Hub id. This module finds and fet
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import importlib.util
 import json
@@ -180,31 +181,60 @@ def explain_hub_error(error: Exception, reference: str) -> HubError:
     """A ``HubError`` that tells gated, missing, badly authorised, busy and offline apart, with one remedy each."""
     from huggingface_hub import errors
 
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    if isinstance(error, errors.GatedRepoError):
-        return HubError(
-            "the model is gated: its owner must grant access",
-            where=reference,
-            hint=f"ask for access on the page of {reference}, then run: hf auth login",
-        )
-    if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
-        return HubError("the Hub did not accept the token", where=reference, hint="run: hf auth login")
-    if isinstance(error, errors.RevisionNotFoundError):
-        return HubError("the model has no such revision", where=reference, hint="check model.revision")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return HubError(
-            "neither a path here nor a model on the Hub (or it is private)",
-            where=reference,
-            hint="check the spelling; for a private model run: hf auth login",
-        )
-    if status is not None:
-        return HubError(f"the Hub answered with status {status}", where=reference, hint="try again later")
-    return HubError(
-        "neither a path here nor in the local Hub cache, and the Hub cannot be reached",
-        where=reference,
-        hint="check the network (and HF_HUB_OFFLINE), or name a local folder or GGUF file",
-    )
+    cause: BaseException = error  # what huggingface_hub met before it looked into the cache in vain
+    while getattr(cause, "response", None) is None and cause.__cause__ is not None:
+        cause = cause.__cause__
+    response = getattr(cause, "response", None)
+    if isinstance(cause, errors.GatedRepoError):
+        what = "the model is gated: its owner must grant access"
+        hint = f"ask for access on the page of {reference}, then run: hf auth login"
+    elif response is None:
+        what, hint = _explain_silence(cause)
+    elif response.status_code == 401 and "authorization" in response.request.headers:
+        what, hint = "the Hub did not accept the token", "run: hf auth login"
+    elif isinstance(cause, errors.RevisionNotFoundError):
+        what, hint = "the model has no such revision", "check model.revision"
+    elif isinstance(cause, errors.RepositoryNotFoundError) or response.status_code == 401:
+        # without a token the Hub answers 401 for what does not exist, so that nobody learns what is private
+        what = "neither a path here nor a model on the Hub (or it is private)"
+        hint = "check the spelling; for a private model run: hf auth login"
+    else:
+        what, hint = _explain_status(response)
+    return HubError(what, where=reference, hint=hint)
+
+
+def _explain_status(response: Any) -> tuple[str, str]:
+    """What happened and how to mend it, for an answer that is about the Hub and not about the model."""
+    status = response.status_code
+    if status == 429 or status >= 500:
+        wait = response.headers.get("Retry-After", "")
+        if found := re.search(r"\bt=(\d+)", response.headers.get("RateLimit", "")):
+            wait = found[1]
+        if wait.isdigit():
+            return f"the Hub is busy: it asks to wait {wait} s (status {status})", f"try again in {wait} s"
+        return f"the Hub is busy: it asks to wait (status {status})", "try again in some minutes"
+    if status == 403:
+        return "the Hub forbids it to this token (status 403)", "give the token the right to read this model"
+    return f"the Hub answered with status {status}", "try again later, or name a local folder"
+
+
+def _explain_silence(error: BaseException) -> tuple[str, str]:
+    """What happened and how to mend it, where there is no answer of the Hub."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HFValidationError):
+        return "neither a path here nor a name that a model on the Hub can have", "write it as ORG/NAME"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
+        reason = (error.strerror or "no reason is given").lower()
+        return f"the local Hub cache cannot be written: {reason}", "set HF_HOME to a folder you may write to"
+    if isinstance(error, errors.FileMetadataError | ValueError | TypeError | KeyError | AttributeError):
+        return "what answered is not the Hub", "check HF_ENDPOINT, and that no login page or proxy is in between"
+    if "Timeout" in type(error).__name__:
+        return "the Hub did not answer in time", "try again later, or name a local folder"
+    what = "neither a path here nor in the local Hub cache, and the Hub cannot be reached"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"{what}: HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE, or name a local folder or GGUF file"
+    return what, "check the network, or name a local folder or GGUF file"
 
 
 def read_config(files: ModelFiles) -> dict[str, Any]:
