@@ -192,8 +192,9 @@ def _list_adapter(adapter: AdapterFacts, width: int) -> Iterator[str]:
     config = adapter.config
     kinds = [name for name, key in (("rsLoRA", "use_rslora"), ("DoRA", "use_dora")) if config.get(key)]
     words = f"r {config.get('r')}, alpha {config.get('lora_alpha')}" + "".join(f", {kind}" for kind in kinds)
-    size = f"{adapter.parameters:,} parameters, {format_bytes(adapter.size_bytes)}"
-    yield from wrap("adapter    ", f"{words}; {size}", width)
+    if adapter.parameters is not None and adapter.size_bytes is not None:
+        words += f"; {adapter.parameters:,} parameters, {format_bytes(adapter.size_bytes)}"
+    yield from wrap("adapter    ", words, width)
     yield from wrap("targets    ", _join_names(config.get("target_modules")), width)
     if adapter.layers:
         yield from wrap("layers     ", _join_ranges(adapter.layers), width)

@@ -13,7 +13,7 @@ from ftcli.errors import ContentError, UsageError
 from ftcli.events import OnEvent, Stage, ignore_event
 from ftcli.jobs.source import ModelSource, describe_source, find_source, list_source_findings
 from ftcli.model.anatomy import Anatomy, ModelFinding
-from ftcli.model.lora import LoraCost, Moved, count_lora, measure_movement, measure_norm
+from ftcli.model.lora import LoraCost, Moved, count_lora, list_adapted_layers, measure_movement, measure_norm
 from ftcli.model.target import PRESETS
 from ftcli.recipe import PeftSection
 from ftcli.store.file import read_json
@@ -42,13 +42,13 @@ class TemplateFacts:
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """An adapter: its settings, its size, and how far each module moved."""
+    """An adapter: its settings, its size (None where its file was not read), and how far each module moved."""
 
     folder: Path
     base: str
     config: Mapping[str, Any]
-    parameters: int
-    size_bytes: int
+    parameters: int | None
+    size_bytes: int | None
     layers: tuple[int, ...]
     moved: tuple[Moved, ...]
 
@@ -145,19 +145,20 @@ def _read_adapter(source: ModelSource, anatomy: Anatomy | None, on_event: OnEven
     assert folder is not None
     config = read_json(folder / "adapter_config.json") or {}
     names = [name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()]
-    if not names:
+    if not names and not source.is_remote_adapter:
         raise ContentError("the adapter has no adapter_model.safetensors", where=str(folder))
-    table = read_weight_table(folder / names[0])
+    table = read_weight_table(folder / names[0]) if names else source.adapter_table
     moved: tuple[Moved, ...] = ()
-    if names[0].endswith(".safetensors"):
+    if table and names and names[0].endswith(".safetensors"):
         moved = measure_movement(table.tensors, folder, config, _measure_base(source, anatomy, on_event))
+    entries = table.tensors if table else ()
     return AdapterFacts(
         folder=folder,
         base=str(config.get("base_model_name_or_path") or ""),
         config=config,
-        parameters=sum(entry.n_elements for entry in table.tensors),
-        size_bytes=table.size_bytes,
-        layers=tuple(sorted({entry.layer for entry in moved if entry.layer is not None})),
+        parameters=sum(entry.n_elements for entry in entries) if table else None,
+        size_bytes=table.size_bytes if table else None,
+        layers=list_adapted_layers(entries),
         moved=moved,
     )
 

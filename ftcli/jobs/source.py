@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftcli.errors import ContentError, HubError, UsageError
 from ftcli.model.anatomy import Anatomy, ModelFinding
@@ -24,6 +24,9 @@ from ftcli.store.target import (
 from ftcli.store.vocabulary import Vocabulary, read_vocabulary
 from ftcli.store.weight import WeightTable, read_weight_table
 
+if TYPE_CHECKING:
+    from ftcli.store.hub import HubModel
+
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".json")
 
 
@@ -33,7 +36,8 @@ class ModelSource:
 
     ``origin`` says in words where the answer comes from; ``folder`` is None where no file is here; ``notices`` are
     what a person must know of it, such as an answer from the catalog. ``adapter`` is the folder of an adapter that
-    the target was, on this base.
+    the target was, on this base; if ``is_remote_adapter``, its weights are on the Hub and ``adapter_table`` is what
+    their header tells, None if it was not read.
     """
 
     target: str
@@ -44,11 +48,15 @@ class ModelSource:
     table: WeightTable | None = None
     vocabulary: Vocabulary | None = None
     adapter: Path | None = None
+    is_remote_adapter: bool = False
+    adapter_table: WeightTable | None = None
     notices: tuple[str, ...] = ()
 
 
-def find_source(target: str | None, *, revision: str | None = None) -> ModelSource:
+def find_source(target: str | None, *, revision: str | None = None, is_base: bool = False) -> ModelSource:
     """What is here, on the Hub or in the catalog of the model that ``target`` names; the newest run for None.
+
+    ``is_base``: an adapter names it as its base, so that on the Hub it may be no adapter itself.
 
     Raises:
         UsageError: no such path or run.
@@ -66,7 +74,7 @@ def find_source(target: str | None, *, revision: str | None = None) -> ModelSour
         return _read_folder(path, target) if path.is_dir() else _read_file(path, target)
     if looks_like_path(target):
         raise UsageError("no such file or folder", where=target, hint=suggest_path(path))
-    return _ask_hub(target, revision)
+    return _ask_hub(target, revision, is_base=is_base)
 
 
 def _read_folder(path: Path, target: str) -> ModelSource:
@@ -126,7 +134,7 @@ def _read_adapter(path: Path, target: str, base: str) -> ModelSource:
             raise ContentError("adapter_config.json names none")
         if _holds_adapter(Path(base).expanduser()):
             raise ContentError("is an adapter itself")
-        source = find_source(base)
+        source = find_source(base, is_base=True)
     except (UsageError, HubError, ContentError) as error:
         return ModelSource(
             target,
@@ -145,11 +153,11 @@ def _holds_adapter(path: Path) -> bool:
     return path_exists(path / "adapter_config.json", str(path)) or path_exists(path / "adapter", str(path))
 
 
-def _ask_hub(target: str, revision: str | None) -> ModelSource:
+def _ask_hub(target: str, revision: str | None, *, is_base: bool) -> ModelSource:
     from ftcli.model.catalog import find_entry
 
     try:
-        return _read_hub(target, revision)
+        return _read_hub(target, revision, is_base=is_base)
     except HubError as error:
         entry = None if revision else find_entry(target)
         if entry is None:
@@ -165,24 +173,38 @@ def _ask_hub(target: str, revision: str | None) -> ModelSource:
         return ModelSource(target, "the bundled catalog", entry.config, notices=(notice,))
 
 
-def _read_hub(target: str, revision: str | None) -> ModelSource:
+def _read_hub(target: str, revision: str | None, *, is_base: bool) -> ModelSource:
     from ftcli.store.hub import read_hub_model
 
     found = read_hub_model(target, revision)
-    config = read_json(found.folder / "config.json")
-    if config is None:
-        raise ContentError("the repository holds no config.json", where=target, hint="is it a language model?")
-    where = "the local Hub cache" if found.is_cached else "the Hub: config and headers, no weights"
+    if found.is_adapter:
+        if is_base:
+            raise ContentError("is an adapter itself", where=target)
+        return _read_hub_adapter(found, target)
+    if found.is_cached:
+        where = "the local Hub cache"
+    else:
+        where = "the Hub: config and headers, no weights" if found.table else "the Hub: its config alone"
     return ModelSource(
         target=target,
-        origin=f"{where}, revision {found.revision}" if found.revision else where,
-        config=config,
+        origin=f"{where}, revision {found.revision}",
+        config=read_json(found.folder / "config.json"),
         generation=read_json(found.folder / "generation_config.json") or {},
         folder=found.folder,
         table=found.table,
         vocabulary=read_vocabulary(found.folder),
-        notices=() if found.table else ("the headers of its weights were not read: counted from the config",),
+        notices=found.notices,
     )
+
+
+def _read_hub_adapter(found: HubModel, target: str) -> ModelSource:
+    config = read_json(found.folder / "adapter_config.json") or {}
+    source = _read_adapter(found.folder, target, str(config.get("base_model_name_or_path") or ""))
+    notices = (*found.notices, *source.notices)
+    if not (found.folder / "adapter_model.safetensors").is_file():
+        notices += (f"how far each module moved is only told of weights that are here; run: hf download {target}",)
+    origin = f"the local Hub cache: {source.origin}" if found.is_cached else f"the Hub: {source.origin}"
+    return replace(source, origin=origin, is_remote_adapter=True, adapter_table=found.table, notices=notices)
 
 
 def describe_source(source: ModelSource) -> Anatomy | None:

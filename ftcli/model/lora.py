@@ -126,6 +126,13 @@ def measure_movement(
     return tuple(moved)
 
 
+def list_adapted_layers(entries: Sequence[TensorEntry]) -> tuple[int, ...]:
+    """The layers that the LoRA factors among an adapter's tensors change, in order."""
+    names = [found.group(1) for entry in entries if (found := _FACTOR.fullmatch(entry.name))]
+    layers = {locate_tensor(f"{name}.weight").layer for name in names}
+    return tuple(sorted(layer for layer in layers if layer is not None))
+
+
 def _measure_product(a: np.ndarray, b: np.ndarray) -> float:
     import numpy as np
 
