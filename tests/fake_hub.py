@@ -35,14 +35,14 @@ _TREE = re.compile(r"/api/models/(?P<id>[^/]+/[^/]+)/(?P<kind>tree|paths-info)/(
 _FILE = re.compile(r"/(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Served:
-    """One answer: what was asked, and how many bytes of it went out."""
+    """One answer: what was asked, and how many bytes of its body went out."""
 
     method: str
     path: str
     status: int
-    n_bytes: int
+    n_bytes: int = 0
 
 
 @dataclass
@@ -111,6 +111,7 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, url: str, home: Path, token: str = 
 class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         pass
@@ -173,20 +174,23 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, data, headers)
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+        served = Served(self.command, self.path.split("?")[0], status)
+        self.hub.log.append(served)  # before a byte goes out, so that who has the answer finds it in the log
         self.send_response(status)
         for name, value in (headers or {}).items():
             if value:
                 self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        n_bytes = 0
+        if self.command == "HEAD":
+            return
         try:
-            if self.command != "HEAD":
-                for begin in range(0, len(body), 1 << 16):
-                    n_bytes += self.wfile.write(body[begin : begin + (1 << 16)])
+            for begin in range(0, len(body), 1 << 16):
+                chunk = body[begin : begin + (1 << 16)]
+                served.n_bytes += len(chunk)
+                self.wfile.write(chunk)
         except OSError:  # the other side has read enough
             self.close_connection = True
-        self.hub.log.append(Served(self.command, self.path.split("?")[0], status, n_bytes))
 
 
 def list_shapes() -> dict[str, tuple[int, ...]]:

@@ -72,13 +72,9 @@ def test_the_command_ends_when_the_hub_does_not(hub: FakeHub, tmp_path: Path, st
 def test_the_catalog_answers_where_the_hub_does_not(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_gated: bool
 ) -> None:
-    from huggingface_hub import close_session
-
-    close_session()
     use_hub(monkeypatch, hub.url if is_gated else "http://127.0.0.1:9", tmp_path)
     hub.fail(401, "/resolve/", X_Error_Code="GatedRepo")
     result = CliRunner().invoke(app, ["inspect", LLAMA, "--json"])
-    close_session()
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
     assert document["parameters"]["total"] == 8_030_261_248
