@@ -97,14 +97,13 @@ def reporting(*, quiet: bool, verbose: bool) -> Iterator[OnEvent]:
 def _silence_libraries() -> None:
     """Progress bars and advice of the libraries would bury what ftcli says; errors still come as exceptions."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
     if loaded := sys.modules.get("transformers"):  # what it read from the environment is read
         loaded.utils.logging.disable_progress_bar()
-    for name in ("transformers", "huggingface_hub", "bitsandbytes", "peft", "accelerate", "torch"):
+    for name in ("transformers", "bitsandbytes", "peft", "accelerate", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

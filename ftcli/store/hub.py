@@ -8,6 +8,7 @@ minute, or sleeps as long as the Hub tells it to, and a pool's threads would kee
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
@@ -101,6 +102,8 @@ def read_hub_model(reference: str, revision: str | None = None) -> HubModel:
 def _fetch_small_files(reference: str, revision: str | None) -> _Listing:
     from huggingface_hub import HfApi, hf_hub_download
 
+    # its words on trying again would be written over the answer, by threads that are no longer waited for
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     with _hub_errors(reference):
         info = HfApi().model_info(reference, revision=revision)
         names = tuple(entry.rfilename for entry in info.siblings or () if "/" not in entry.rfilename)
