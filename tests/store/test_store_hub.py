@@ -315,6 +315,12 @@ def test_an_adapter_is_told_by_its_header_on_its_base(hub: FakeHub) -> None:
     assert found.adapter
     assert len(found.adapter.moved) == 2
     assert found.source.notices == ()
+    hub.fail(503)
+    found = describe("org/adapter")
+    assert found.adapter
+    assert len(found.adapter.moved) == 2
+    assert found.source.origin.startswith(f"the local Hub cache: an adapter on {NAME}: the local Hub cache, revision")
+    assert [notice.startswith("the Hub was not read") for notice in found.source.notices] == [True, True, False]
 
 
 def test_an_adapter_on_a_base_of_the_catalog(hub: FakeHub) -> None:
