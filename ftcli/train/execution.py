@@ -25,7 +25,7 @@ from ftcli.train.checkpoint import (
 )
 from ftcli.train.evaluation import Evaluation
 from ftcli.train.loop import StepResult, run_steps
-from ftcli.train.memory import measure_peak, start_measuring
+from ftcli.train.memory import limit_heap, measure_peak, release_between_blocks, start_measuring
 from ftcli.train.optim import build_optimizer
 from ftcli.train.prepare import Prepared
 from ftcli.train.record import record_step
@@ -97,13 +97,17 @@ class Execution:
         from accelerate.state import AcceleratorState
 
         self._import_libraries()
-        self.start_rss_bytes = start_measuring()
         device = choose_device()
+        if device.type == "cpu":
+            limit_heap()
+        self.start_rss_bytes = start_measuring()
         dtype = choose_dtype(self.recipe.model.dtype, device)
         self.on_event(Stage("load", f"{str(dtype).removeprefix('torch.')} on {device.type}"))
         built = build_model(
             self.recipe, self.prepared.files, dtype=dtype, device=device, new_tokens=self.prepared.new_tokens
         )
+        if device.type == "cpu":
+            release_between_blocks(built.model)
         counts = count_parameters(built.model)
         self.on_event(Stage("parameters", f"{counts.trainable:,} of {counts.total:,} are trained"))
         mixed_precision = choose_mixed_precision(dtype, trains_base_weights=built.trains_base_weights)
