@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight")
 _DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
+_OFFSETS = {"Q4_0": 2, "Q4_1": 4}  # bytes of a block before its 32 nibbles: a scale, or scale and minimum in float16
 _CHUNK = 1 << 22
+_BLOCKS = 1 << 13  # their float32 nibbles fit into a cache
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,10 @@ def measure_norm(folder: Path, entry: TensorEntry) -> float | None:
 
     if entry.offset is None:
         return None
+    if entry.dtype in _OFFSETS:
+        with open_weights(folder / entry.file) as (stream, _):
+            stream.seek(entry.offset)
+            return math.sqrt(_sum_squares(stream.read(entry.size_bytes), entry.dtype))
     total = 0.0
     for piece in _read_pieces(folder, entry):
         if piece is None:
@@ -167,6 +173,25 @@ def measure_norm(folder: Path, entry: TensorEntry) -> float | None:
         flat = piece.reshape(-1)
         total += float(np.dot(flat, flat))
     return math.sqrt(total)
+
+
+def _sum_squares(data: bytes, kind: str) -> float:
+    """Σ w² over Q4_0 or Q4_1 blocks without unpacking them: 32 weights w = d·q + m each (ggml-quants.c).
+
+    Σ w² = d²·Σq² + 2·d·m·Σq + 32·m², and m = -8·d in Q4_0.
+    """
+    import numpy as np
+
+    n_before, total, ones = _OFFSETS[kind], 0.0, np.ones(16, np.float32)
+    blocks = np.frombuffer(data, np.uint8).reshape(-1, n_before + 16)
+    for start in range(0, len(blocks), _BLOCKS):
+        piece = blocks[start : start + _BLOCKS]
+        scales = np.ascontiguousarray(piece[:, :n_before]).view("<f2").astype(np.float64)
+        d, m = scales[:, 0], scales[:, 1] if kind == "Q4_1" else -8 * scales[:, 0]
+        low, high = (piece[:, n_before:] & 15).astype(np.float32), (piece[:, n_before:] >> 4).astype(np.float32)
+        sums, squares = (low + high) @ ones, (low * low + high * high) @ ones
+        total += float(d * d @ squares + 2 * (d * m @ sums) + 32 * (m @ m))
+    return total
 
 
 def read_array(folder: Path, entry: TensorEntry) -> np.ndarray:

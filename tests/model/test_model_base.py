@@ -78,8 +78,10 @@ def test_nf4_leaves_norms_and_embeddings_in_the_compute_dtype(tiny_model: Path) 
     assert others == {torch.bfloat16}
 
 
-def test_choice_of_dtype() -> None:
-    assert choose_dtype("auto", CPU) is torch.bfloat16
+@pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_choice_of_dtype(monkeypatch: pytest.MonkeyPatch, has_bf16: bool, dtype: torch.dtype) -> None:
+    monkeypatch.setattr("ftcli.model.base.has_cpu_bf16", lambda: has_bf16)
+    assert choose_dtype("auto", CPU) is dtype
     assert choose_dtype("float16", CPU) is torch.float16
 
 

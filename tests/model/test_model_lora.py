@@ -6,13 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from ftcli.errors import ContentError
 from ftcli.jobs.inspect import inspect_target
+from ftcli.model.lora import measure_norm
+from ftcli.store.tensor import TensorEntry
 
 
 def save_adapter(folder: Path, base: Path, **changes: Any) -> Any:
@@ -77,3 +82,13 @@ def test_nonsense_in_an_adapter_config_is_refused(tmp_path: Path, tiny_model: Pa
     change_config(tmp_path, **changes)
     with pytest.raises(ContentError):
         inspect_target(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "BF16"])
+def test_norm_of_a_packed_tensor_is_that_of_its_values(tmp_path: Path, kind: str) -> None:
+    values = np.random.default_rng(0).normal(size=(96, 320)).astype(np.float32) + 0.3
+    packed = quantize(values, GGMLQuantizationType[kind])
+    (tmp_path / "w").write_bytes(b"head" + packed.tobytes())
+    entry = TensorEntry("w", kind, values.shape, packed.nbytes, "w", 4)
+    expected = np.linalg.norm(dequantize(packed, GGMLQuantizationType[kind]).astype(np.float64))
+    assert measure_norm(tmp_path, entry) == pytest.approx(expected, rel=1e-6)
