@@ -14,6 +14,9 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
+from figure import fill
+from picture import draw_model
+
 from ftcli.recipe import Recipe, Section
 from ftcli.recipe.field import Kind, describe_kind, find_section, list_fields, list_forms
 
@@ -95,9 +98,17 @@ def _walk_commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield from _walk_commands(inner, f"{path} {name}")
 
 
+def render_concept(name: str) -> Callable[[], str]:
+    """The same page with its figures computed anew."""
+    return lambda: fill((_DOCS / name).read_text(encoding="utf-8"), where=name)
+
+
+CONCEPTS = sorted(str(path.relative_to(_DOCS)) for path in (_DOCS / "concepts").glob("*.md"))
 PAGES: dict[str, Callable[[], str]] = {
     "reference/recipe.md": render_recipe,
     "reference/commands.md": render_commands,
+    "concepts/model.svg": draw_model,
+    **{name: render_concept(name) for name in CONCEPTS},
 }
 
 

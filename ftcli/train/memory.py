@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,16 +39,24 @@ def limit_heap() -> None:
 
 
 def release_between_blocks(model: nn.Module) -> None:
-    """Nothing; while ``model`` trains, free heap is given back before each block and before the head."""
+    """Nothing; while ``model`` trains, free heap is given back before the head, and before each block, both ways."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     def release(module: nn.Module, _: object) -> None:
         if module.training:
             release_free_memory()
 
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for module in (*blocks, model.get_output_embeddings()):  # type: ignore[operator]
-        module.register_forward_pre_hook(release)
+    def release_backward(module: nn.Module, _: object, output: Any) -> None:
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        if module.training and hidden.requires_grad:
+            hidden.register_hook(lambda _: release_free_memory())
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.register_forward_pre_hook(release)
+            module.register_forward_hook(release_backward)
+    if head := model.get_output_embeddings():  # type: ignore[operator]
+        head.register_forward_pre_hook(release)
 
 
 def release_free_memory() -> None:
