@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import PydanticUndefined
-
 from figure import fill
 from picture import draw_model
+from pydantic_core import PydanticUndefined
 
 from ftcli.recipe import Recipe, Section
 from ftcli.recipe.field import Kind, describe_kind, find_section, list_fields, list_forms
