@@ -46,8 +46,12 @@ def _print_error(text: str) -> None:
 
 
 def print_json(document: Any) -> None:
-    """Nothing; ``document`` is on stdout."""
-    print(json.dumps(document, indent=2, ensure_ascii=False), flush=True)
+    """Nothing; ``document`` is on stdout, as strict JSON: NaN and infinity are null, lone surrogates escaped."""
+    try:
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(json.loads(json.dumps(document), parse_constant=lambda _: None), indent=2, ensure_ascii=False)
+    print(text.encode("utf-8", "backslashreplace").decode("utf-8"), flush=True)
 
 
 def show_error(error: FtcliError, *, as_json: bool) -> int:

@@ -226,7 +226,8 @@ def _read_windows(reader: _Reader, n_layers: int, family: str) -> tuple[int | No
 
 
 def _as_float(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+    return float(value) if is_number else None
 
 
 class _Reader:

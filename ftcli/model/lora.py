@@ -145,9 +145,11 @@ def _measure_product(a: np.ndarray, b: np.ndarray) -> float:
 def _find_scale(config: Mapping[str, Any], name: str, rank: int, folder: Path) -> float:
     try:
         alpha = float(_match(config.get("alpha_pattern") or {}, name, config.get("lora_alpha") or rank))
-    except (TypeError, ValueError, AttributeError, re.error) as error:
+    except (TypeError, ValueError, OverflowError, AttributeError, re.error) as error:
         where = str(folder / "adapter_config.json")
         raise ContentError(f"lora_alpha or alpha_pattern cannot be read: {error}", where=where) from error
+    if not math.isfinite(alpha):
+        raise ContentError(f"lora_alpha is {alpha}", where=str(folder / "adapter_config.json"))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
