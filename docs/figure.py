@@ -148,6 +148,7 @@ def measure_wave(model: str) -> str:
     return f"{2 * math.pi * rope.theta ** ((d - 2) / d):,.0f}"
 
 
+@cache
 def list_ids(tokenizer: str) -> str | None:
     """Ids of ``SENTENCE``; None where the tokenizer's files are not here."""
     from tokenizers import Tokenizer

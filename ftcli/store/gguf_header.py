@@ -311,8 +311,10 @@ class _Reader:
             self.n_strings += length
             if self.n_strings > _MOST_STRINGS:
                 raise _Damaged(f"over {_MOST_STRINGS} texts in lists")
+            if length <= keep and type_id == _STRING:
+                return self.strings(length)
             if length <= keep:
-                return [self.value(type_id, keep, level) for _ in range(length)]
+                return [self.array(keep, level + 1) for _ in range(length)]
             if type_id == _STRING:
                 self.skip_strings(length)
             else:
@@ -325,6 +327,25 @@ class _Reader:
             self.skip(length * struct.calcsize(f"<{_SCALARS[type_id]}"))
             return length
         return list(self.scalars(f"{length}{_SCALARS[type_id]}"))
+
+    def strings(self, length: int) -> list[str]:
+        """As many calls of ``string``, without the calls: vocabularies hold hundreds of thousands."""
+        texts, unpack, block, at = [], _U64.unpack_from, self.block, self.at
+        for _ in range(length):
+            if at + 8 > len(block):
+                self.at = at
+                self.load(8)
+                block, at = self.block, 0
+            n_bytes, begin = unpack(block, at)[0], at + 8
+            self.spend(n_bytes)
+            if begin + n_bytes > len(block):
+                self.at = begin
+                self.load(n_bytes)
+                block, begin = self.block, 0
+            at = begin + n_bytes
+            texts.append(block[begin:at].decode("utf-8"))
+        self.at = at
+        return texts
 
     def skip_strings(self, length: int) -> None:
         unpack, block, at = _U64.unpack_from, self.block, self.at
