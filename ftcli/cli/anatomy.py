@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -225,11 +226,14 @@ def _list_movement(moved: Sequence[Moved]) -> Iterator[str]:
     title = "‖ΔW‖ / ‖W‖" if is_relative else "‖ΔW‖ (the base's weights are not here)"
     for label, groups in (("module", _group(moved, "module")), ("layer", _group(moved, "layer"))):
         values = {name: _combine(entries, is_relative=is_relative) for name, entries in groups.items()}
-        largest = max(values.values(), default=0.0) or 1.0
+        largest = max((value for value in values.values() if math.isfinite(value)), default=0.0) or 1.0
         yield f"moved, by {label:<10}{title}"
         for name, value in values.items():
             shown = f"{value:.3%}" if is_relative else f"{value:.4g}"
-            yield f"  {name:<22}{shown:>10}  {_draw_bar(value / largest)}"
+            if math.isfinite(value):
+                yield f"  {name:<22}{shown:>10}  {_draw_bar(value / largest)}"
+            else:
+                yield f"  {name:<22}{'not finite':>10}"
 
 
 def _group(moved: Sequence[Moved], key: str) -> dict[str, list[Moved]]:
@@ -242,9 +246,9 @@ def _group(moved: Sequence[Moved], key: str) -> dict[str, list[Moved]]:
 
 def _combine(entries: Sequence[Moved], *, is_relative: bool) -> float:
     """The norms of several matrices as that of one large one."""
-    delta = sum(entry.delta_norm**2 for entry in entries)
-    weight = sum((entry.weight_norm or 0.0) ** 2 for entry in entries) if is_relative else 1.0
-    return float((delta / weight) ** 0.5) if weight else 0.0
+    delta = math.hypot(*(entry.delta_norm for entry in entries))
+    weight = math.hypot(*(entry.weight_norm or 0.0 for entry in entries)) if is_relative else 1.0
+    return delta / weight if weight else 0.0
 
 
 def _list_layers(anatomy: Anatomy) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -88,6 +89,7 @@ def inspect_target(
     if anatomy is None and adapter is None:
         raise ContentError("holds nothing that can be inspected", where=source.target)
     findings = [*(anatomy.findings if anatomy else ()), *list_source_findings(source, anatomy)]
+    findings += _list_adapter_findings(adapter) if adapter else []
     template = source.vocabulary.template if source.vocabulary else None
     return Inspection(
         source=source,
@@ -161,6 +163,14 @@ def _read_adapter(source: ModelSource, anatomy: Anatomy | None, on_event: OnEven
         layers=list_adapted_layers(entries),
         moved=moved,
     )
+
+
+def _list_adapter_findings(adapter: AdapterFacts) -> list[ModelFinding]:
+    broken = [entry.name for entry in adapter.moved if not math.isfinite(entry.delta_norm)]
+    if not broken:
+        return []
+    what = f"NaN or infinity in {len(broken)} of {len(adapter.moved)} modules of the adapter, {broken[0]} first"
+    return [ModelFinding("adapter_not_finite", what, "its training went wrong, or the file is damaged")]
 
 
 def _measure_base(source: ModelSource, anatomy: Anatomy | None, on_event: OnEvent) -> Callable[[str], float | None]:

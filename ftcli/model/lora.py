@@ -139,7 +139,12 @@ def _measure_product(a: np.ndarray, b: np.ndarray) -> float:
     import numpy as np
 
     gram_a, gram_b = a.astype(np.float64) @ a.T.astype(np.float64), b.T.astype(np.float64) @ b.astype(np.float64)
-    return math.sqrt(max(0.0, float((gram_a * gram_b).sum())))
+    return _take_root(float((gram_a * gram_b).sum()))
+
+
+def _take_root(square: float) -> float:
+    """√square, where rounding may have left it below 0; NaN stays NaN."""
+    return square if math.isnan(square) else math.sqrt(max(0.0, square))
 
 
 def _find_scale(config: Mapping[str, Any], name: str, rank: int, folder: Path) -> float:
@@ -167,14 +172,14 @@ def measure_norm(folder: Path, entry: TensorEntry) -> float | None:
     if entry.dtype in _OFFSETS:
         with open_weights(folder / entry.file) as (stream, _):
             stream.seek(entry.offset)
-            return math.sqrt(_sum_squares(stream.read(entry.size_bytes), entry.dtype))
+            return _take_root(_sum_squares(stream.read(entry.size_bytes), entry.dtype))
     total = 0.0
     for piece in _read_pieces(folder, entry):
         if piece is None:
             return None
         flat = piece.reshape(-1)
         total += float(np.dot(flat, flat))
-    return math.sqrt(total)
+    return _take_root(total)
 
 
 def _sum_squares(data: bytes, kind: str) -> float:

@@ -12,8 +12,11 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from ftcli.cli.app import app
 from ftcli.errors import ContentError
 from ftcli.jobs.inspect import inspect_target
 from ftcli.model.lora import measure_norm
@@ -92,3 +95,17 @@ def test_norm_of_a_packed_tensor_is_that_of_its_values(tmp_path: Path, kind: str
     entry = TensorEntry("w", kind, values.shape, packed.nbytes, "w", 4)
     expected = np.linalg.norm(dequantize(packed, GGMLQuantizationType[kind]).astype(np.float64))
     assert measure_norm(tmp_path, entry) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite_is_found(tmp_path: Path, tiny_model: Path, value: float) -> None:
+    save_adapter(tmp_path / "adapter", tiny_model)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    broken = next(name for name in tensors if "lora_B" in name)
+    tensors[broken][0, 0] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "adapter")])
+    assert result.exit_code == 0
+    assert "not finite" in result.stdout
+    assert "NaN or infinity in 1 of 4 modules" in " ".join(result.stdout.split())
