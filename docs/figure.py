@@ -185,13 +185,13 @@ def tabulate_vocabularies() -> str:
 
 
 def tabulate_heads() -> str:
-    models = ("llama2-7b", "phi3-mini", "llama3.1-8b", "qwen2.5-7b", "qwen3-8b", "smollm2-135m")
+    models = ("llama2-7b", "mistral-7b", "llama3.1-8b", "qwen2.5-7b", "qwen3-8b", "smollm2-135m")
     rows = (
         [MODELS[m], describe(m).dimensions.attention_kind, f"{dim(m, 'n_heads')} / {dim(m, 'n_kv_heads')}",
-         dim(m, "head_dim"), count_kv(m), weigh_kv(m, "8192")]
+         dim(m, "head_dim"), count_kv(m), weigh_kv(m, "4096")]
         for m in models
     )  # fmt: skip
-    return tabulate("model | kind | query / KV heads | head size | cache, bytes a token | at 8,192 tokens", rows)
+    return tabulate("model | kind | query / KV heads | head size | cache, bytes a token | at 4,096 tokens", rows)
 
 
 def tabulate_tied() -> str:
