@@ -118,8 +118,10 @@ class _Damaged(ValueError):
     pass
 
 
-def read_gguf_header(path: Path, *, keep: int = 64) -> GgufHeader:
+def read_gguf_header(path: Path, *, keep: int = 64, skip: tuple[str, ...] = ()) -> GgufHeader:
     """The metadata and tensor table of the GGUF file at ``path``.
+
+    A list of over ``keep`` values, or one that is named in ``skip``, stands there as its length.
 
     Whether the data that the table promises are there is `check_gguf_data`'s to say.
 
@@ -132,7 +134,7 @@ def read_gguf_header(path: Path, *, keep: int = 64) -> GgufHeader:
         try:
             _check_version(reader, str(path))
             n_tensors, n_keys = reader.count(_MOST_TENSORS), reader.count(_MOST_KEYS)
-            metadata = _read_metadata(reader, n_keys, keep)
+            metadata = _read_metadata(reader, n_keys, keep, skip)
             tensors = _read_tensors(reader, n_tensors)
             alignment = metadata.get("general.alignment", _ALIGNMENT)
             if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
@@ -200,13 +202,13 @@ def _check_version(reader: _Reader, where: str) -> None:
         )
 
 
-def _read_metadata(reader: _Reader, n_keys: int, keep: int) -> dict[str, Any]:
+def _read_metadata(reader: _Reader, n_keys: int, keep: int, skip: tuple[str, ...]) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     for _ in range(n_keys):
         key = reader.string()
         if key in metadata:
             raise _Damaged(f"the key {key[:80]!a} stands twice")
-        metadata[key] = reader.value(reader.scalar("I"), keep)
+        metadata[key] = reader.value(reader.scalar("I"), -1 if key in skip else keep)
     return metadata
 
 

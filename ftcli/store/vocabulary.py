@@ -100,7 +100,7 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _read_gguf(path: Path) -> Vocabulary | None:
-    metadata = read_gguf_header(path, keep=1 << 21).metadata
+    metadata = read_gguf_header(path, keep=1 << 21, skip=("tokenizer.ggml.merges",)).metadata
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         return None
