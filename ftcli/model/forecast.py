@@ -61,7 +61,7 @@ class Shape:
 class Training:
     """How a model is trained: a micro-batch is ``tokens`` flat tokens of ``n_documents`` documents side by side.
 
-    ``embedding_bytes`` is what the data touch of an untied, frozen embedding that stays in its file (None: all).
+    ``unread_bytes`` are rows of an embedding that stays in its file of which the data hold no token.
     """
 
     method: Literal["qlora", "lora", "full"]
@@ -79,7 +79,7 @@ class Training:
     world_size: int = 1
     strategy: Literal["single", "ddp", "fsdp2"] = "single"
     n_documents: int = 1
-    embedding_bytes: int | None = None
+    unread_bytes: int = 0
 
     @property
     def dtype_bytes(self) -> int:
@@ -150,10 +150,9 @@ def _list_resident(shape: Shape, training: Training) -> Iterator[Component]:
         unsharded = size * (rest + shape.linear_parameters // max(1, shape.n_layers))
         weights += unsharded
         formula = f"({formula}) / {parts} + {unsharded:,} bytes of one block, embedding and head unsharded"
-    if training.embedding_bytes is not None:
-        unread = shape.embedding_parameters * size - training.embedding_bytes
-        weights -= unread
-        formula += f" - {unread:,} bytes of embedding rows that the data never read: they stay in the file"
+    if training.unread_bytes:
+        weights -= training.unread_bytes
+        formula += f" - {training.unread_bytes:,} bytes of embedding rows that the data never read"
     yield Component("weights", weights, formula)
     nf4 = count_nf4_bytes(shape.linear_parameters, is_double=training.double_quant)
     constants = nf4 - linear if training.method == "qlora" else 0

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from ftcli.errors import FtcliError
-from ftcli.model.anatomy import Anatomy
 from ftcli.model.base import choose_device, choose_dtype
 from ftcli.model.demand import Device, build_recipe_training, describe_files, measure_shape
-from ftcli.model.forecast import Training, forecast_memory
+from ftcli.model.forecast import forecast_memory
 from ftcli.model.layout import locate_tensor
 from ftcli.store.target import read_config
 from ftcli.store.weight import WeightTable, read_weight_table
@@ -47,10 +46,10 @@ def forecast_run(prepared: Prepared) -> dict[str, Any] | None:
         longest_document=max(lengths[index] for index in largest),
         target_tokens=max(1, sum(targets[index] for index in largest)),
         n_documents=len(largest),
-        embedding_bytes=_count_read_embedding(anatomy, table, training, documents.table.ids),
     )
-    if recipe.tokenizer.add_tokens or (recipe.peft and recipe.peft.modules_to_save):
-        training = replace(training, embedding_bytes=None)
+    is_copied = bool(recipe.tokenizer.add_tokens or (recipe.peft and recipe.peft.modules_to_save))
+    if kind == "cpu" and training.method != "full" and not anatomy.is_tied and not is_copied:
+        training = replace(training, unread_bytes=_count_unread(table, training.dtype, documents.table.ids))
     forecast = forecast_memory(shape, training)
     return {
         **{f"{part.name.replace(' ', '_')}_bytes": part.size_bytes for part in forecast.components},
@@ -62,18 +61,16 @@ def forecast_run(prepared: Prepared) -> dict[str, Any] | None:
     }
 
 
-def _count_read_embedding(anatomy: Anatomy, table: WeightTable, training: Training, ids: Any) -> int | None:
-    """Bytes of the embedding's file that become resident as the rows of ``ids`` are read; None: all of it.
+def _count_unread(table: WeightTable, dtype: str, ids: Any) -> int:
+    """Bytes of an untied and frozen embedding that stay on disk while only the rows of ``ids`` are read.
 
-    Only an untied and frozen embedding that is not cast stays a view of its file. The kernel maps the 64 KiB around
-    each page that is read (fault_around_bytes, Linux mm/memory.c).
+    An embedding that is not cast stays a view of its file. The kernel maps the 64 KiB around each page that is read
+    (fault_around_bytes, Linux mm/memory.c).
     """
-    entry = next((e for e in table.tensors if locate_tensor(e.name).part == "embedding"), None)
-    if entry is None or entry.dtype != _STORED_AS[training.dtype] or not entry.file.endswith(".safetensors"):
-        return None
-    if anatomy.is_tied or training.method == "full" or training.device != "cpu":
-        return None
+    entry = next((entry for entry in table.tensors if locate_tensor(entry.name).part == "embedding"), None)
+    if entry is None or entry.dtype != _STORED_AS[dtype] or not entry.file.endswith(".safetensors"):
+        return 0
     row_bytes = entry.size_bytes // entry.shape[0]
     starts = (entry.offset or 0) + np.unique(ids).astype(np.int64) * row_bytes
     windows = np.union1d(starts // _WINDOW_BYTES, (starts + row_bytes - 1) // _WINDOW_BYTES)
-    return min(entry.size_bytes, len(windows) * _WINDOW_BYTES)
+    return max(0, entry.size_bytes - len(windows) * _WINDOW_BYTES)

@@ -8,6 +8,7 @@ import resource
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def limit_heap() -> None:
     as well without the releases, but page faults then cost up to half of the time.
     """
     with suppress(OSError, AttributeError):  # no glibc
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        _open_libc().mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def release_between_blocks(model: nn.Module) -> None:
@@ -55,14 +56,20 @@ def release_between_blocks(model: nn.Module) -> None:
         if isinstance(module, GradientCheckpointingLayer):
             module.register_forward_pre_hook(release)
             module.register_forward_hook(release_backward)
-    if head := model.get_output_embeddings():  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is not None:
         head.register_forward_pre_hook(release)
 
 
 def release_free_memory() -> None:
     """Nothing; what the heap holds of freed memory belongs to the system again (glibc)."""
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        _open_libc().malloc_trim(0)
+
+
+@cache
+def _open_libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def start_measuring() -> int:
