@@ -24,7 +24,7 @@ _DOCS = Path(__file__).resolve().parent
 _RECIPE_INTRODUCTION = """\
 # The recipe
 
-<!-- written by docs/generate.py from ftcli/recipe/schema.py -->
+<!-- written by docs/generate.py from ftcli/recipe/section.py -->
 
 A recipe is one YAML file. `model` and `datasets` must be given; every other key has a default.
 

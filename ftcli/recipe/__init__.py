@@ -1,7 +1,8 @@
 """What is asked for: the recipe, its schema, and how a file becomes one."""
 
 from ftcli.recipe.load import LoadedRecipe, build_recipe, load_recipe
-from ftcli.recipe.schema import (
+from ftcli.recipe.schema import Recipe
+from ftcli.recipe.section import (
     BUNDLED_TEMPLATES,
     CheckpointSection,
     DataSection,
@@ -10,7 +11,6 @@ from ftcli.recipe.schema import (
     ModelSection,
     PeftSection,
     QuantizationSection,
-    Recipe,
     RowsSection,
     Section,
     TokenizerSection,

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Lt
 from pydantic.fields import FieldInfo
 
-from ftcli.recipe.schema import Expected, Recipe, Section
+from ftcli.recipe.schema import Recipe
+from ftcli.recipe.section import Expected, Section
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from ftcli.errors import Problem, RecipeError, UsageError
 from ftcli.recipe.document import Entry, Finding, KeyPath, Place, build_entry, read_document
 from ftcli.recipe.override import apply_override, drop_excluded
 from ftcli.recipe.problem import check_values
-from ftcli.recipe.schema import BUNDLED_TEMPLATES, Recipe
+from ftcli.recipe.schema import Recipe
+from ftcli.recipe.section import BUNDLED_TEMPLATES
 from ftcli.recipe.text import list_changed
 
 # what names a data set on the Hub and is neither a file name nor a glob

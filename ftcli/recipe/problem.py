@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from ftcli.recipe.alias import suggest_key
 from ftcli.recipe.document import WORDS, Entry, Finding, KeyPath, Place, read_scalar
 from ftcli.recipe.field import Kind, describe_kind, find_kind, find_section, list_choices, list_forms
-from ftcli.recipe.schema import SCHEMA_VERSION, Recipe, RowsSection
+from ftcli.recipe.schema import SCHEMA_VERSION, Recipe
+from ftcli.recipe.section import RowsSection
 
 _MAX_SHOWN = 60
 # The same place may break several rules, when its type is a union: the most telling one is told.

@@ -12,7 +12,8 @@ from pydantic_core import PydanticUndefined
 
 from ftcli.recipe.document import WORDS, KeyPath, read_scalar
 from ftcli.recipe.field import list_fields
-from ftcli.recipe.schema import EXCLUSIVE, Recipe, Section
+from ftcli.recipe.schema import EXCLUSIVE, Recipe
+from ftcli.recipe.section import Section
 
 _PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./+-]*")
 # not printable in YAML, or a line break to it

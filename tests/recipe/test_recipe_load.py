@@ -151,7 +151,7 @@ BROKEN = {
     ),
     "evaluation on nothing": (
         "eval: {eval_steps: 5}",
-        ["3:1: eval: nothing to evaluate on; give eval.datasets or data.val_set_size"],
+        ["3:1: eval: nothing to evaluate on; give eval.datasets, data.val_set_size or eval.sample_prompts"],
     ),
     "two held-out sets": (
         "eval: {datasets: [{path: h}]}\ndata: {val_set_size: 0.1}",
