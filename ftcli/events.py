@@ -59,13 +59,22 @@ class EvalDone:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """The model's answer to one of the recipe's prompts."""
+
+    step: int
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Saved:
     """A checkpoint or an artifact lies complete under its final name."""
 
     path: str
 
 
-Event = Stage | Notice | Progress | StepDone | EvalDone | Saved
+Event = Stage | Notice | Progress | StepDone | EvalDone | Sampled | Saved
 OnEvent = Callable[[Event], None]
 
 

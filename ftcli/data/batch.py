@@ -40,6 +40,11 @@ class Batch:
     def n_tokens(self) -> int:
         return self.input_ids.shape[1]
 
+    def count_targets(self) -> list[int]:
+        """Trained tokens of each document."""
+        is_target = self.labels[0].cpu() != IGNORE_LABEL
+        return [int(part.sum()) for part in is_target.tensor_split(self.cu_seqlens[1:-1].tolist())]
+
     def to(self, device: torch.device) -> Batch:
         return replace(
             self,

@@ -8,7 +8,7 @@ The table does not depend on `data`: a run with another max_length, or another s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -80,12 +80,17 @@ class DocumentSet:
 
 @dataclass(frozen=True)
 class DataSplit:
-    """The documents of a run: what is trained on, and what is held out; ``sha256`` is of all that was read."""
+    """The documents of a run: what is trained on, and what is held out; ``sha256`` is of all that was read.
+
+    ``held_out_by_role`` is, for each held-out set's name, role → documents with that role's turns as learned, where
+    that was asked for.
+    """
 
     train: DocumentSet
     held_out: tuple[DocumentSet, ...]
     sha256: str
     notices: tuple[str, ...] = ()
+    held_out_by_role: Mapping[str, Mapping[str, Documents]] = field(default_factory=dict)
 
     @property
     def has_chats(self) -> bool:

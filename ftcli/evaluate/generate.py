@@ -11,8 +11,8 @@ import torch
 
 from ftcli.data.chat import ChatRenderer
 from ftcli.data.message import Example
-from ftcli.errors import UsageError
-from ftcli.evaluate.score import SCORES
+from ftcli.errors import Problem, UsageError
+from ftcli.evaluate.score import build_score, check_reference
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,13 @@ def generate_texts(
     sampling: Sampling,
     *,
     streamer: Any = None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """The answers to ``prompts`` (ids), generated side by side, without special tokens.
 
-    The model is left in the mode it was found in. Padding is on the left and masked by position, so it does not
-    matter that a pad token may be an end-of-turn token.
+    ``check_stop`` is called after each token and may raise to end the work. The model is left in the mode it was
+    found in. Padding is on the left and masked by position, so it does not matter that a pad token may be an
+    end-of-turn token.
     """
     tokenizer = renderer.tokenizer
     stops = renderer.end_of_turn_ids
@@ -86,9 +88,20 @@ def generate_texts(
             pad_token_id=pad,
             use_cache=True,
             streamer=streamer,
+            stopping_criteria=[_poll(check_stop, device)],
             **options,
         )
     return [_decode(tokenizer, row[width:].tolist(), stops) for row in output]
+
+
+def _poll(check_stop: Callable[[], None], device: torch.device) -> Callable[..., torch.Tensor]:
+    """A stopping criterion of transformers that stops nothing, but calls ``check_stop``."""
+
+    def criterion(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        check_stop()
+        return torch.zeros(len(ids), dtype=torch.bool, device=device)
+
+    return criterion
 
 
 @contextmanager
@@ -124,6 +137,7 @@ def score_examples(
     examples: Sequence[Example],
     *,
     metric: str,
+    pattern: str | None = None,
     max_new_tokens: int,
     batch_rows: int,
     check_stop: Callable[[], None] = lambda: None,
@@ -133,19 +147,18 @@ def score_examples(
 
     Rows that do not end with an assistant's text are left out.
     """
-    asked = [e for e in examples if e.messages and e.messages[-1].role == "assistant" and e.messages[-1].content]
+    asked = [example for example in examples if has_reference(example)]
     prompts = [renderer.render_prompt(e.messages[:-1], e.tools) for e in asked]
     _check_context(model, prompts, max_new_tokens)
     order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))  # alike lengths waste the least padding
     texts: dict[int, str] = {}
     for start in range(0, len(order), batch_rows):
-        check_stop()
         group = order[start : start + batch_rows]
         sampling = Sampling(max_new_tokens=max_new_tokens)
-        answers = generate_texts(model, renderer, [prompts[i] for i in group], sampling)
+        answers = generate_texts(model, renderer, [prompts[i] for i in group], sampling, check_stop=check_stop)
         texts.update(zip(group, answers, strict=True))
         on_progress(len(texts), len(order))
-    is_right = SCORES[metric]
+    is_right = build_score(metric, pattern)
     rows = []
     for i, example in enumerate(asked):
         question = next((m.content or "" for m in reversed(example.messages[:-1]) if m.role == "user"), "")
@@ -153,6 +166,18 @@ def score_examples(
         rows.append(Answer(question, reference, texts[i], is_right(texts[i], reference)))
     n_right = sum(row.is_right for row in rows)
     return ScoreReport(metric, n_right / len(rows) if rows else None, tuple(rows))
+
+
+def has_reference(example: Example) -> bool:
+    """Whether a row ends with an assistant's text, against which an answer can be held."""
+    return bool(example.messages and example.messages[-1].role == "assistant" and example.messages[-1].content)
+
+
+def find_unfit(examples: Sequence[Example], metric: str, pattern: str | None = None) -> list[Problem]:
+    """What is wrong with each row that has an answer against which none could be held."""
+    asked = [example for example in examples if has_reference(example)]
+    found = ((e, check_reference(e.messages[-1].content or "", metric, pattern)) for e in asked)
+    return [Problem(what, example.place) for example, what in found if what]
 
 
 def _check_context(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

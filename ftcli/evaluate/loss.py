@@ -7,8 +7,8 @@ its gradient are the same however the step is split.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,22 +24,34 @@ def compute_loss_sum(model: Any, batch: Batch) -> torch.Tensor:
     The head sees only positions whose next token is learned; logits of the others are never made. No attention
     mask and no cache: then, and only then, attention is block-diagonal over the documents.
     """
+    return functional.cross_entropy(*_compute_logits(model, batch), reduction="sum")
+
+
+def _compute_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits in float32 at the places whose next token is learned, and that token's ids: (targets, vocabulary)."""
     targets = torch.nonzero(batch.labels[0] != IGNORE_LABEL).squeeze(1)
+    arguments = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     if _keeps_logits(_unwrap(model)):
-        logits = model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            logits_to_keep=targets - 1,
-        ).logits[0]
+        logits = model(**arguments, logits_to_keep=targets - 1).logits[0]
     else:
-        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[
-            0, targets - 1
-        ]
-    return functional.cross_entropy(logits.float(), batch.labels[0, targets], reduction="sum")
+        logits = model(**arguments).logits[0, targets - 1]
+    return logits.float(), batch.labels[0, targets]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class DocumentLosses:
+    """The loss of each document: Σ −log p over its trained tokens in nats, and how many these are; shapes (D,)."""
+
+    sums: tuple[float, ...]
+    n_targets: tuple[int, ...]
+
+    def compute_mean(self, chosen: Sequence[bool] | None = None) -> float:
+        """The mean per trained token over the documents that ``chosen`` flags, or over all."""
+        flags = chosen or [True] * len(self.sums)
+        total = sum(value for value, flag in zip(self.sums, flags, strict=True) if flag)
+        return total / max(1, sum(n for n, flag in zip(self.n_targets, flags, strict=True) if flag))
+
+
 def compute_mean_loss(
     model: Any,
     documents: Sequence[Rendered],
@@ -48,7 +60,21 @@ def compute_mean_loss(
     batch_tokens: int,
     check_stop: Callable[[], None] = lambda: None,
 ) -> float:
-    """The mean loss per trained token over ``documents``, in nats; the model is left as it was found.
+    """The mean loss per trained token over ``documents``, as ``measure_losses`` finds it."""
+    losses = measure_losses(model, documents, device=device, batch_tokens=batch_tokens, check_stop=check_stop)
+    return losses.compute_mean()
+
+
+@torch.no_grad()
+def measure_losses(
+    model: Any,
+    documents: Sequence[Rendered],
+    *,
+    device: torch.device,
+    batch_tokens: int,
+    check_stop: Callable[[], None] = lambda: None,
+) -> DocumentLosses:
+    """The loss of each of ``documents``; the model is left as it was found.
 
     Args:
         model: any causal language model.
@@ -59,23 +85,33 @@ def compute_mean_loss(
     """
     was_training = model.training
     model.eval()
-    total, n_targets = 0.0, 0
-    group: list[Rendered] = []
-    size = 0
+    sums: list[float] = []
+    n_targets: list[int] = []
     try:
-        for document in chain(documents, (None,)):
-            if group and (document is None or size + len(document.ids) > batch_tokens):
-                check_stop()
-                batch = build_batch(group).to(device)
-                total += compute_loss_sum(model, batch).item()
-                n_targets += batch.n_targets
-                group, size = [], 0
-            if document is not None:
-                group.append(document)
-                size += len(document.ids)
+        for group in group_lengths([len(document.ids) for document in documents], batch_tokens):
+            check_stop()
+            batch = build_batch([documents[i] for i in group]).to(device)
+            counts = batch.count_targets()
+            losses = functional.cross_entropy(*_compute_logits(model, batch), reduction="none").double().cpu()
+            sums += [part.sum().item() for part in torch.split(losses, counts)]
+            n_targets += counts
     finally:
         model.train(was_training)
-    return total / max(1, n_targets)
+    return DocumentLosses(tuple(sums), tuple(n_targets))
+
+
+def group_lengths(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, ...]]:
+    """Yields runs of neighbours (as indices) of up to ``batch_tokens`` together, each of at least one."""
+    group: list[int] = []
+    size = 0
+    for index, length in enumerate(lengths):
+        if group and size + length > batch_tokens:
+            yield tuple(group)
+            group, size = [], 0
+        group.append(index)
+        size += length
+    if group:
+        yield tuple(group)
 
 
 def _unwrap(model: Any) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 
@@ -31,4 +33,38 @@ def _are_equal(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-SCORES: dict[str, Callable[[str, str], bool]] = {"exact_match": score_exact_match, "json": score_json}
+def score_regex(answer: str, reference: str, pattern: str | None = None) -> bool:
+    """Whether ``pattern`` finds the same in both texts: its groups, or the whole match; the first one counts.
+
+    Without a pattern ``reference`` itself is one, and the question is whether ``answer`` holds it.
+    """
+    if pattern is None:
+        return re.search(reference.strip(), answer) is not None
+    found, wanted = re.search(pattern, answer), re.search(pattern, reference)
+    if found is None or wanted is None:
+        return False
+    return (found.groups() or found.group()) == (wanted.groups() or wanted.group())
+
+
+def check_reference(reference: str, metric: str, pattern: str | None = None) -> str:
+    """What is wrong with a row's reference for this score, in words; empty if nothing is."""
+    if metric == "regex" and pattern is not None and not re.search(pattern, reference):
+        return "eval.regex finds nothing in the row's answer, so no answer could be right"
+    if metric == "regex" and pattern is None:
+        try:
+            re.compile(reference.strip())
+        except re.error as error:
+            return f"the row's answer is no regular expression ({error})"
+    if metric == "json":
+        try:
+            json.loads(reference)
+        except (ValueError, RecursionError):
+            return "the row's answer is no JSON, so no answer could be right"
+    return ""
+
+
+def build_score(metric: str, pattern: str | None = None) -> Callable[[str, str], bool]:
+    """The function that takes an answer and its reference, and says whether it is right."""
+    if metric == "regex":
+        return partial(score_regex, pattern=pattern)
+    return {"exact_match": score_exact_match, "json": score_json}[metric]
