@@ -16,6 +16,7 @@ Anything else that escapes is a bug in ftcli: exit code 1, with its traceback.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -119,11 +120,25 @@ class VerificationFailed(FtcliError):
     code = "verification"
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal that ends the work at once, wherever it is; raised by the handler of ``signal_number``."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
 class Interrupted(FtcliError):
-    """A signal stopped the run after it was saved; ``exit_code`` is 128 + the signal's number."""
+    """A signal stopped the work, a run after it was saved; ``exit_code`` is 128 + the signal's number."""
 
     code = "interrupted"
 
     def __init__(self, what: str, *, signal_number: int, hint: str = "") -> None:
         super().__init__(what, hint=hint)
         self.exit_code = 128 + signal_number
+
+
+def explain_stop(error: KeyboardInterrupt) -> Interrupted:
+    """The stop that a signal made, in words; without a number it was SIGINT."""
+    number = error.signal_number if isinstance(error, Stopped) else int(signal.SIGINT)
+    return Interrupted(f"stopped by {signal.Signals(number).name}", signal_number=number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
@@ -15,7 +16,7 @@ from typer.exceptions import Abort, TyperException
 
 from ftcli import __version__
 from ftcli.cli import chat, console, env, inspect, recipe, tokenize, train
-from ftcli.errors import DiskError, FtcliError, Interrupted, UsageError
+from ftcli.errors import DiskError, FtcliError, Stopped, UsageError, explain_stop
 
 
 class ErrorGroup(TyperGroup):
@@ -28,8 +29,9 @@ class ErrorGroup(TyperGroup):
             code = super().main(words, *rest, **extra)
         except FtcliError as error:
             code = console.show_error(error, as_json="--json" in words)
-        except (KeyboardInterrupt, Abort):
-            code = console.show_stop(as_json="--json" in words)
+        except (KeyboardInterrupt, Abort) as error:
+            stop = error if isinstance(error, KeyboardInterrupt) else KeyboardInterrupt()
+            code = console.show_error(explain_stop(stop), as_json="--json" in words)
         except TyperException as error:
             code = self._show_usage(error, words)
         sys.exit(code if isinstance(code, int) else 0)
@@ -39,8 +41,8 @@ class ErrorGroup(TyperGroup):
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
-        except KeyboardInterrupt:
-            raise Interrupted("stopped by SIGINT", signal_number=2) from None
+        except KeyboardInterrupt as error:
+            raise explain_stop(error) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output is gone
             return 0
@@ -98,4 +100,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that are no text
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, _stop)
     app()
+
+
+def _stop(number: int, frame: object) -> None:
+    raise Stopped(number)

@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ftcli.errors import FtcliError, Interrupted
-from ftcli.events import EvalDone, Event, Notice, OnEvent, Progress, Saved, Stage, StepDone
+from ftcli.errors import FtcliError
+from ftcli.events import EvalDone, Event, Notice, OnEvent, Progress, Sampled, Saved, Stage, StepDone
 
 if TYPE_CHECKING:
     from ftcli.evaluate.generate import Sampling
@@ -77,11 +77,6 @@ def make_printable(text: str) -> str:
     lines = text.split("\n")
     shown = [line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]} …" for line in lines]
     return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in shown)
-
-
-def show_stop(*, as_json: bool) -> int:
-    """130, after saying that nothing was under way that could be saved."""
-    return show_error(Interrupted("stopped by SIGINT", signal_number=2), as_json=as_json)
 
 
 @contextmanager
@@ -165,9 +160,18 @@ def describe_event(event: Event) -> str:
     if isinstance(event, EvalDone):
         score = "" if event.score is None else f"  score {event.score:.1%} of {event.n_rows}"
         return f"eval       {event.dataset} after step {event.step}: loss {event.loss:.4f}{score}"
+    if isinstance(event, Sampled):
+        prompt, text = (_shorten(value, measure_width() - 12) for value in (event.prompt, event.text))
+        return f"sample     {prompt}\n           → {text}"
     if isinstance(event, Saved):
         return f"saved      {event.path}"
     return str(event)
+
+
+def _shorten(text: str, width: int) -> str:
+    """``text`` on one line of at most ``width`` columns."""
+    line = " ".join(text.split()) or "(nothing)"
+    return line if len(line) <= width else f"{line[: width - 2]} …"
 
 
 def format_seconds(seconds: float) -> str:

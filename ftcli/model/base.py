@@ -6,13 +6,14 @@ missing, left over or of another shape, and only ``Linear4bit`` modules are ever
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ftcli.errors import ContentError, UsageError
+from ftcli.errors import ContentError, FtcliError, UsageError
 from ftcli.recipe import ModelSection, QuantizationSection
 from ftcli.store.gguf_header import read_gguf_header
 from ftcli.store.target import ModelFiles
@@ -46,8 +47,15 @@ def has_cpu_bf16() -> bool:
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Whether host or device memory ran out; torch's CPU allocator says so in a RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether host or device memory ran out, in the many ways that torch, safetensors and C++ have to say so."""
+    if isinstance(error, FtcliError):
+        return False
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    words = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "CUDA out of memory")
+    return any(text in str(error) for text in words)
 
 
 def build_skeleton(files: ModelFiles, model: ModelSection) -> nn.Module:

@@ -158,4 +158,5 @@ def build_training(
         lora_dropout=dropout,
         device=device,
         n_documents=batch,
+        n_rows=batch,
     )

@@ -21,6 +21,7 @@ from ftcli.model.precision import count_nf4_bytes
 _DEVICE_RESERVE = 600 << 20  # CUDA context, cuBLAS workspace, and what the driver keeps of a card
 _CPU_RUNTIME = 28_000_000  # library code and threads that only training wakes; measured, the same for every model
 _NOISE_BYTES = {"cpu": 4, "cuda": 1}  # ATen Dropout.cpp: float noise on CPUs, a fused bool mask on CUDA
+HALVED_ROWS = "train.gradient_accumulation_steps"  # the key of the change that puts fewer rows side by side
 _SHORTEST = 128  # tokens; fit() suggests no shorter sequence
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -61,6 +62,7 @@ class Shape:
 class Training:
     """How a model is trained: a micro-batch is ``tokens`` flat tokens of ``n_documents`` documents side by side.
 
+    ``n_rows`` are the rows that hold them: packs, or one for each document.
     ``unread_bytes`` are rows of an embedding that stays in its file of which the data hold no token.
     """
 
@@ -79,6 +81,7 @@ class Training:
     world_size: int = 1
     strategy: Literal["single", "ddp", "fsdp2"] = "single"
     n_documents: int = 1
+    n_rows: int = 1
     unread_bytes: int = 0
 
     @property
@@ -318,15 +321,19 @@ def _list_options(shape: Shape, training: Training) -> Iterator[tuple[str, str, 
     if not training.gradient_checkpointing:
         yield "train.gradient_checkpointing", "true", replace(training, gradient_checkpointing=True), True
     half, targets = -(-training.tokens // 2), -(-training.target_tokens // 2)
-    if training.n_documents > 1 and half >= training.longest_document:
-        smaller = replace(training, tokens=half, target_tokens=targets, n_documents=training.n_documents // 2)
-        yield "train.gradient_accumulation_steps", "doubled, with half the rows in a micro-batch", smaller, True
+    if training.n_rows > 1 and half >= training.longest_document:
+        n_rows, n_documents = -(-training.n_rows // 2), -(-training.n_documents // 2)
+        smaller = replace(training, tokens=half, target_tokens=targets, n_documents=n_documents, n_rows=n_rows)
+        yield HALVED_ROWS, "doubled, with half the rows in a micro-batch", smaller, True
     if training.method == "lora":
         yield "quantization.load_in_4bit", "true", replace(training, method="qlora"), False
     if training.method == "full":
         yield "peft", "r: 16, target_modules: all-linear", _turn_to_lora(shape, training), False
     if training.method == "qlora" and not training.double_quant:
         yield "quantization.bnb_4bit_use_double_quant", "true", replace(training, double_quant=True), False
+    if training.n_rows == 1 and training.n_documents > 1 and half >= max(_SHORTEST, training.longest_document):
+        smaller = replace(training, tokens=half, target_tokens=targets, n_documents=-(-training.n_documents // 2))
+        yield "data.max_length", str(half), smaller, False
     length = training.longest_document // 2
     if length >= _SHORTEST:
         tokens = training.tokens * length // training.longest_document

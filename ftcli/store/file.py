@@ -65,18 +65,23 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def staged_folder(final: Path) -> Iterator[Path]:
+def staged_folder(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
     """A new empty folder that becomes ``final`` when the block ends without an error.
 
     Every file is flushed to the disk before the rename, so a folder under its final name is complete.
     An existing ``final`` is set aside, and removed only after the new one stands.
 
+    Args:
+        final: its name in the end.
+        needed_bytes: what is going to be written, if that is known.
+
     Raises:
         DiskError: the disk is full or the folder may not be written; nothing is left behind.
     """
     staging = final.with_name(f".{final.name}.tmp-{os.getpid()}")
-    with disk_errors(final):
+    with disk_errors(final, needed_bytes):
         shutil.rmtree(staging, ignore_errors=True)
+        check_free(final, needed_bytes)
         staging.mkdir(parents=True)
         try:
             yield staging
@@ -97,6 +102,15 @@ def replace_folder(source: Path, final: Path) -> None:
         shutil.rmtree(old)
 
 
+def remove_folder(folder: Path) -> None:
+    """Nothing; ``folder`` is gone, and at no moment was a part of it left under its name."""
+    doomed = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    with disk_errors(folder):
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
 def sync_tree(folder: Path) -> None:
     """Nothing; every file and folder below ``folder`` is on the disk, readable as umask says.
 
@@ -108,14 +122,18 @@ def sync_tree(folder: Path) -> None:
         for name in names:
             path = Path(parent, name)
             path.chmod(0o666 & ~mask)
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+            sync_file(path)
         sync_folder(Path(parent))
 
 
 def sync_folder(folder: Path) -> None:
     """Nothing; the names in ``folder`` are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    sync_file(folder)
+
+
+def sync_file(path: Path) -> None:
+    """Nothing; what was written to ``path`` is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -141,25 +159,38 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
     """A block in which an operating system's refusal to write becomes a ``DiskError`` naming ``path``."""
     try:
         yield
     except OSError as error:
-        raise explain_disk_error(error, path) from error
+        if error.errno == errno.ENOMEM:
+            raise
+        raise explain_disk_error(error, path, needed_bytes) from error
     except Exception as error:
         # safetensors reports a full disk as its own error type with the OS text inside
         if "No space left on device" in str(error):
-            raise explain_disk_error(OSError(errno.ENOSPC, "No space left on device"), path) from error
+            raise explain_disk_error(OSError(errno.ENOSPC, "No space left on device"), path, needed_bytes) from error
         raise
 
 
-def explain_disk_error(error: OSError, path: Path) -> DiskError:
+def check_free(path: Path, needed_bytes: int) -> None:
+    """None if ``needed_bytes`` can be written on the disk that holds ``path``.
+
+    Raises:
+        DiskError: naming both sizes.
+    """
+    if free_bytes(path) < needed_bytes:
+        raise explain_disk_error(OSError(errno.ENOSPC, "No space left on device"), path, needed_bytes)
+
+
+def explain_disk_error(error: OSError, path: Path, needed_bytes: int = 0) -> DiskError:
     """A ``DiskError`` that says what stopped the write to ``path`` and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = free_bytes(path)
+        needed = f"{needed_bytes:,} bytes are needed, " if needed_bytes else ""
         return DiskError(
-            f"the disk is full: {free / 1e6:.1f} MB are free",
+            f"the disk is full: {needed}{free:,} bytes are free",
             where=str(path),
             hint="free some space, or set output_dir to another disk; what was saved before is intact",
         )

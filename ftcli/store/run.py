@@ -1,7 +1,7 @@
 """A run folder: its paths, its manifest, its lock, and how a finished one is found again.
 
 runs/NAME/
-    recipe.yaml  manifest.json  metrics.jsonl  timing.jsonl  eval.jsonl
+    recipe.yaml  manifest.json  metrics.jsonl  timing.jsonl  eval.jsonl  samples/
     checkpoints/step-000200/    adapter/ (LoRA) or model/ (full fine-tuning)
 """
 
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from ftcli.errors import ContentError, DiskError, UsageError
-from ftcli.store.file import describe_files, disk_errors, hash_file, write_json
+from ftcli.store.file import describe_files, disk_errors, hash_file, remove_folder, sync_folder, write_json, write_text
 
 MANIFEST_SCHEMA = 1
 STATES = ("running", "finished", "interrupted", "failed")
 _LOCK = ".lock"
-_REPLACED = ".replaced"  # the run that --overwrite replaces, until the new one is known to start
+_REPLACED = ".replaced"  # the whole run that --overwrite replaces, until the new one is known to start
+_MOVING = ".moving"  # the part of the only run that is being set aside, or brought back
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class RunFolder:
     @property
     def eval(self) -> Path:
         return self.path / "eval.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
 
     @property
     def checkpoints(self) -> Path:
@@ -170,16 +175,26 @@ def locked(run: RunFolder) -> Iterator[None]:
                 where=str(run.path),
                 hint="wait for it, or set another output_dir",
             ) from error
-        sweep_leftovers(run)
+        _sweep_leftovers(run)
         yield
     finally:
         os.close(descriptor)
 
 
-def sweep_leftovers(run: RunFolder) -> None:
-    """Nothing; what killed processes left half-made is gone, and what they had set aside is back."""
+def recover(run: RunFolder) -> None:
+    """Nothing; what killed processes left half-made in this folder is gone, and what they had set aside is back.
+
+    Raises:
+        DiskError: another process is training into it.
+    """
+    if (run.path / _LOCK).is_file():
+        with locked(run):
+            pass
+
+
+def _sweep_leftovers(run: RunFolder) -> None:
     with disk_errors(run.path):
-        for folder in (run.path, run.checkpoints):
+        for folder in (run.path, run.checkpoints, run.samples):
             for path in folder.glob(".*.old-*") if folder.is_dir() else ():
                 final = path.with_name(path.name[1:].rpartition(".old-")[0])
                 if final.exists():
@@ -193,32 +208,37 @@ def sweep_leftovers(run: RunFolder) -> None:
 
 def set_aside(run: RunFolder) -> None:
     """Nothing; the run folder is empty, and what it held can be restored until it is discarded."""
+    moving = run.path / _MOVING
     with disk_errors(run.path):
         entries = [entry for entry in run.path.iterdir() if entry.name != _LOCK]
         if entries:
-            (run.path / _REPLACED).mkdir()
-        for entry in entries:
-            entry.rename(run.path / _REPLACED / entry.name)
+            moving.mkdir()
+            for entry in entries:
+                entry.rename(moving / entry.name)
+            moving.rename(run.path / _REPLACED)  # from here on, what lies beside it is new
+            sync_folder(run.path)
 
 
 def restore_replaced(run: RunFolder) -> None:
     """Nothing; a run that was set aside is back in place of the one that was to replace it."""
-    replaced = run.path / _REPLACED
-    if not replaced.exists():
-        return
+    replaced, moving = run.path / _REPLACED, run.path / _MOVING
     with disk_errors(run.path):
-        for entry in list(run.path.iterdir()):
-            if entry.name not in (_LOCK, _REPLACED):
-                _remove(entry)
-        for entry in list(replaced.iterdir()):
-            entry.rename(run.path / entry.name)
-        replaced.rmdir()
+        if replaced.exists():
+            for entry in list(run.path.iterdir()):
+                if entry.name not in (_LOCK, _REPLACED):
+                    _remove(entry)
+            replaced.rename(moving)  # from here on, what lies beside it is old
+        if moving.exists():
+            for entry in list(moving.iterdir()):
+                entry.rename(run.path / entry.name)
+            moving.rmdir()
+            sync_folder(run.path)
 
 
 def discard_replaced(run: RunFolder) -> None:
     """Nothing; the run that was set aside is gone for good."""
-    with disk_errors(run.path):
-        shutil.rmtree(run.path / _REPLACED, ignore_errors=True)
+    if (run.path / _REPLACED).exists():
+        remove_folder(run.path / _REPLACED)
 
 
 def _remove(path: Path) -> None:
@@ -229,9 +249,21 @@ def _remove(path: Path) -> None:
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Nothing; ``value`` is the last line of the JSONL file at ``path``."""
-    with disk_errors(path), path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(value, ensure_ascii=False) + "\n")
+    """Nothing; ``value`` is the last line of the JSONL file at ``path``, which holds whole lines only.
+
+    Raises:
+        DiskError: it cannot be written; the file is as it was.
+    """
+    line = (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+    with disk_errors(path, len(line)), path.open("ab", buffering=0) as stream:
+        size = stream.tell()
+        try:
+            while line:
+                line = line[stream.write(line) :]
+        except BaseException:
+            with suppress(OSError):
+                stream.truncate(size)
+            raise
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -249,7 +281,4 @@ def cut_lines(path: Path, last_step: int) -> None:
     """Nothing; lines of ``path`` after optimizer step ``last_step`` are gone, for a run that resumes there."""
     if path.exists():
         kept = [entry for entry in read_lines(path) if entry.get("step", 0) <= last_step]
-        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        with disk_errors(path):
-            temporary.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept), encoding="utf-8")
-            temporary.replace(path)
+        write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept))

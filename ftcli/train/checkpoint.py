@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ftcli.errors import ContentError, UsageError
-from ftcli.store.file import describe_files, hash_file, staged_folder, write_json
+from ftcli.errors import ContentError, NumericError, UsageError
+from ftcli.store.file import describe_files, hash_file, remove_folder, staged_folder, write_json
 from ftcli.store.run import RunFolder
 from ftcli.train.optim import list_trained
 
 _NAME = re.compile(r"step-(\d{6,})")
 _SCHEMA = 1
 _SEPARATOR = "::"
+_FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
+_SMALL_FILES_BYTES = 64 << 10  # state, manifest and the headers of small models
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,17 @@ def save_checkpoint(
     ``origin`` says which runs it belongs to; only those will load it.
 
     Raises:
+        NumericError: a weight is not finite; nothing was written.
         DiskError: it could not be written; earlier checkpoints are intact.
     """
     final = run.checkpoints / f"step-{step:06d}"
     weights = {name: p.detach().cpu().contiguous() for name, p in list_trained(model)}
-    with staged_folder(final) as folder:
+    check_finite_weights(weights, step)
+    moments = _gather_moments(model, optimizer)
+    size = sum(value.nbytes for values in (weights, moments) for value in values.values()) + _SMALL_FILES_BYTES
+    with staged_folder(final, size) as folder:
         save_file(weights, folder / "weights.safetensors")
-        save_file(_gather_moments(model, optimizer), folder / "optimizer.safetensors")
+        save_file(moments, folder / "optimizer.safetensors")
         loss_scale = scaler.state_dict() if scaler else None
         state = {"schema": _SCHEMA, "step": step, "origin": origin, "loss_scale": loss_scale}
         write_json(folder / "state.json", state)
@@ -67,45 +73,62 @@ def save_checkpoint(
     return final
 
 
-def rotate_checkpoints(run: RunFolder, limit: int) -> None:
-    """Nothing; only the newest ``limit`` checkpoints remain."""
-    for path in _list_checkpoints(run)[limit:]:
-        shutil.rmtree(path)
+def check_finite_weights(weights: Mapping[str, torch.Tensor], step: int) -> None:
+    """None if what a step has left can be saved.
+
+    Raises:
+        NumericError: naming the first weight that is NaN or infinite.
+    """
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise NumericError(
+                f"{name} is not finite after step {step}",
+                why="loss and gradient were finite; the update was too large",
+                hint="lower train.learning_rate",
+            )
+
+
+def rotate_checkpoints(run: RunFolder, limit: int, *, best_step: int | None = None) -> None:
+    """Nothing; only the newest ``limit`` checkpoints and the best one remain."""
+    for path in list_checkpoints(run)[limit:]:
+        if path != find_path(run, best_step):
+            remove_folder(path)
 
 
 def remove_newer_checkpoints(run: RunFolder, step: int) -> list[Path]:
     """The checkpoints after ``step`` that were there: damaged ones, or of a way that is not gone on."""
-    newer = [path for path in _list_checkpoints(run) if int(path.name.removeprefix("step-")) > step]
+    newer = [path for path in list_checkpoints(run) if int(path.name.removeprefix("step-")) > step]
     for path in newer:
-        shutil.rmtree(path)
+        remove_folder(path)
     return newer
 
 
-def find_checkpoint(run: RunFolder) -> tuple[Checkpoint, list[str]]:
-    """The newest sound checkpoint of ``run``, and what is wrong with each newer one.
+def find_path(run: RunFolder, step: int | None) -> Path | None:
+    """Where the checkpoint of ``step`` lies; None if there is none."""
+    path = run.checkpoints / f"step-{step:06d}" if step is not None else None
+    return path if path and path.is_dir() else None
+
+
+def find_checkpoint(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
+    """The newest sound checkpoint of ``run`` (None if it has none), and what is wrong with each newer one.
 
     Raises:
-        UsageError: the run has no checkpoint.
         ContentError: every checkpoint is damaged; training is never begun anew in silence.
     """
-    paths = _list_checkpoints(run)
-    if not paths:
-        raise UsageError(
-            "nothing to resume: the run has no checkpoint",
-            where=str(run.path),
-            hint="start anew with --overwrite",
-        )
+    paths = list_checkpoints(run)
     damaged: list[str] = []
     for path in paths:
         try:
             return read_checkpoint(path), damaged
         except ContentError as error:
             damaged.append(str(error).splitlines()[0])
-    raise ContentError(
-        "every checkpoint is damaged:\n" + "\n".join(damaged),
-        where=str(run.path),
-        hint="start anew with --overwrite",
-    )
+    if damaged:
+        raise ContentError(
+            "every checkpoint is damaged:\n" + "\n".join(damaged),
+            where=str(run.path),
+            hint="start anew with --overwrite",
+        )
+    return None, []
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -119,16 +142,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UsageError("no such checkpoint", where=str(path))
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        hashes = {str(name): str(entry["sha256"]) for name, entry in manifest["files"].items()}
+        schema = manifest["schema"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ContentError("the checkpoint's manifest.json is missing or damaged", where=str(path)) from error
-    if manifest.get("schema") != _SCHEMA:
-        raise ContentError(f"the checkpoint has schema {manifest.get('schema')}, not {_SCHEMA}", where=str(path))
-    for name, entry in files.items():
+    if schema != _SCHEMA:
+        raise ContentError(f"the checkpoint has schema {schema}, not {_SCHEMA}", where=str(path))
+    for name in dict.fromkeys((*_FILES, *hashes)):
         file = path / Path(name).name
         if not file.is_file():
             raise ContentError("a file of the checkpoint is missing", where=str(file))
-        if hash_file(file) != entry["sha256"]:
+        if hash_file(file) != hashes.get(name):
             raise ContentError("damaged: its bytes are not those that were written", where=str(file))
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return Checkpoint(path, int(state["step"]))
@@ -154,18 +178,8 @@ def load_checkpoint(
             where=str(checkpoint.path),
             hint="name a checkpoint of the run in output_dir",
         )
-    weights = load_file(checkpoint.path / "weights.safetensors")
+    load_weights(checkpoint, model)
     trained = dict(list_trained(model))
-    shapes = {name: tuple(p.shape) for name, p in trained.items()}
-    if {name: tuple(value.shape) for name, value in weights.items()} != shapes:
-        raise ContentError(
-            "the checkpoint is of a run that trains other parameters",
-            where=str(checkpoint.path),
-            hint="resume with the recipe that the run was started with",
-        )
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
     moments = load_file(checkpoint.path / "optimizer.safetensors")
     by_name: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in moments.items():
@@ -182,6 +196,26 @@ def load_checkpoint(
         scaler.load_state_dict(state["loss_scale"])
 
 
+def load_weights(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
+    """Nothing; what is trained of the model has the values of the checkpoint.
+
+    Raises:
+        ContentError: the checkpoint has other parameters.
+    """
+    weights = load_file(checkpoint.path / "weights.safetensors")
+    trained = dict(list_trained(model))
+    shapes = {name: tuple(p.shape) for name, p in trained.items()}
+    if {name: tuple(value.shape) for name, value in weights.items()} != shapes:
+        raise ContentError(
+            "the checkpoint is of a run that trains other parameters",
+            where=str(checkpoint.path),
+            hint="resume with the recipe that the run was started with",
+        )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+
+
 def _gather_moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {
         f"{name}{_SEPARATOR}{moment}": torch.as_tensor(value).detach().cpu().contiguous()
@@ -190,9 +224,10 @@ def _gather_moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
     }
 
 
-def _list_checkpoints(run: RunFolder) -> list[Path]:
+def list_checkpoints(run: RunFolder) -> list[Path]:
     """Folders of committed checkpoints, the newest first."""
     if not run.checkpoints.is_dir():
         return []
-    found = [(int(match.group(1)), p) for p in run.checkpoints.iterdir() if (match := _NAME.fullmatch(p.name))]
+    folders = [path for path in run.checkpoints.iterdir() if path.is_dir()]
+    found = [(int(match.group(1)), path) for path in folders if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]

@@ -1,14 +1,21 @@
-"""The model on its held-out rows, before, between and after the steps."""
+"""The model on its held-out rows and prompts, before, between and after the steps."""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ftcli.data.documents import Documents
 from ftcli.data.loader import DocumentSet
-from ftcli.evaluate.generate import ScoreReport, score_examples
-from ftcli.evaluate.loss import compute_mean_loss
-from ftcli.events import EvalDone, OnEvent, Progress, Stage
+from ftcli.data.message import Message
+from ftcli.errors import NumericError
+from ftcli.evaluate.generate import Sampling, ScoreReport, generate_texts, score_examples
+from ftcli.evaluate.loss import DocumentLosses, measure_losses
+from ftcli.events import EvalDone, OnEvent, Progress, Sampled, Stage
+from ftcli.store.file import write_text
 from ftcli.store.run import RunFolder, append_line, read_lines
 from ftcli.train.prepare import Prepared
 from ftcli.train.stop import StopRequest
@@ -16,7 +23,7 @@ from ftcli.train.stop import StopRequest
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measures the model on the held-out rows and writes ``eval.jsonl`` and ``samples/``."""
+    """Measures the model on held-out rows and prompts, and writes ``eval.jsonl`` and ``samples/``."""
 
     run: RunFolder
     prepared: Prepared
@@ -32,30 +39,57 @@ class Evaluation:
         return step in (0, self.prepared.plan.total_steps) or bool(every and step % every == 0)
 
     def measure(self, step: int) -> None:
-        """Nothing; loss and score of every held-out set after ``step`` are recorded, unless they were already."""
+        """Nothing; loss, score and samples after ``step`` are recorded, unless they were already.
+
+        Raises:
+            NumericError: a loss that is NaN or infinite, after it was recorded.
+        """
         known = {entry["dataset"] for entry in read_lines(self.run.eval) if entry["step"] == step}
         for part in self.prepared.split.held_out:
-            if part.name in known:
-                continue
-            self.on_event(Stage("eval", f"{part.name}, {len(part.documents)} documents"))
-            with self.accelerator.autocast():
-                loss = self._measure_loss(part)
-                report = self._score(part)
-            score = report.score if report else None
-            if report:
-                self._write_samples(step, part, report)
-            append_line(self.run.eval, {"step": step, "dataset": part.name, "loss": loss, "score": score})
-            self.on_event(EvalDone(step, part.name, loss, score, len(report.answers) if report else 0))
+            if part.name not in known:
+                with self.accelerator.autocast():
+                    self._measure_set(step, part)
+        with self.accelerator.autocast():
+            self._sample(step)
 
-    def _measure_loss(self, part: DocumentSet) -> float:
+    def _measure_set(self, step: int, part: DocumentSet) -> None:
+        self.on_event(Stage("eval", f"{part.name}, {len(part.documents)} documents"))
+        losses = self._measure_losses(part.documents)
+        loss, report = losses.compute_mean(), self._score(part)
+        score = report.score if report else None
+        if report:
+            lines = (json.dumps(asdict(answer), ensure_ascii=False) for answer in report.answers)
+            self.run.samples.mkdir(exist_ok=True)
+            write_text(self.run.samples / f"{part.name}-{step:06d}.jsonl", "".join(f"{line}\n" for line in lines))
+        entry = {"step": step, "dataset": part.name, "loss": loss, "score": score}
+        append_line(self.run.eval, entry | dict(self._divide_loss(part, losses)))
+        if not math.isfinite(loss):
+            raise NumericError(f"the loss on {part.name} is {loss} after step {step}", hint="lower train.learning_rate")
+        self.on_event(EvalDone(step, part.name, loss, score, len(report.answers) if report else 0))
+
+    def _measure_losses(self, documents: Documents) -> DocumentLosses:
         recipe = self.prepared.recipe
-        return compute_mean_loss(
+        return measure_losses(
             self.model,
-            part.documents,
+            documents,
             device=self.accelerator.device,
             batch_tokens=recipe.data.max_length if recipe.puts_documents_together else 1,
             check_stop=self.stop.check,
         )
+
+    def _divide_loss(self, part: DocumentSet, losses: DocumentLosses) -> Iterator[tuple[str, Mapping[str, float]]]:
+        """Yields the further entries of a line in ``eval.jsonl`` that ``eval.loss_by`` asks for."""
+        section, documents = self.prepared.recipe.eval, part.documents
+        if section and "source" in section.loss_by:
+            file = documents.table.file[documents.row]
+            names = [entry.name for entry in documents.table.files]
+            yield (
+                "loss_by_source",
+                {names[i]: losses.compute_mean((file == i).tolist()) for i in sorted(set(file.tolist()))},
+            )
+        if section and "role" in section.loss_by:
+            roles = self.prepared.split.held_out_by_role[part.name]
+            yield "loss_by_role", {role: self._measure_losses(rows).compute_mean() for role, rows in roles.items()}
 
     def _score(self, part: DocumentSet) -> ScoreReport | None:
         section = self.prepared.recipe.eval
@@ -66,16 +100,27 @@ class Evaluation:
             self.prepared.renderer,
             part.read_examples(),
             metric=section.score,
+            pattern=section.regex,
             max_new_tokens=section.max_new_tokens,
             batch_rows=section.per_device_eval_batch_size,
             check_stop=self.stop.check,
             on_progress=lambda done, total: self.on_event(Progress("eval", done, total)),
         )
 
-    def _write_samples(self, step: int, part: DocumentSet, report: ScoreReport) -> None:
-        samples = self.run.path / "samples"
-        samples.mkdir(exist_ok=True)
-        path = samples / f"{part.name}-{step:06d}.jsonl"
-        path.unlink(missing_ok=True)
-        for answer in report.answers:
-            append_line(path, asdict(answer))
+    def _sample(self, step: int) -> None:
+        """Nothing; the answers to ``eval.sample_prompts`` after ``step`` are in ``samples/prompts.jsonl``."""
+        section, path = self.prepared.recipe.eval, self.run.samples / "prompts.jsonl"
+        if section is None or not section.sample_prompts:
+            return
+        known = {entry["prompt"] for entry in read_lines(path) if entry["step"] == step}
+        asked = [prompt for prompt in section.sample_prompts if prompt not in known]
+        renderer, size = self.prepared.renderer, section.per_device_eval_batch_size
+        self.run.samples.mkdir(exist_ok=True)
+        for first in range(0, len(asked), size):
+            prompts = asked[first : first + size]
+            ids = [renderer.render_prompt([Message("user", prompt)]) for prompt in prompts]
+            sampling = Sampling(max_new_tokens=section.max_new_tokens)
+            texts = generate_texts(self.model, renderer, ids, sampling, check_stop=self.stop.check)
+            for prompt, text in zip(prompts, texts, strict=True):
+                append_line(path, {"step": step, "prompt": prompt, "text": text})
+                self.on_event(Sampled(step, prompt, text))

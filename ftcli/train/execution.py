@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import torch
 
-from ftcli.errors import Interrupted, NumericError
+from ftcli.errors import DiskError, Interrupted, MemoryExhausted, NumericError, explain_stop
 from ftcli.events import Notice, OnEvent, Saved, Stage, StepDone
 from ftcli.model.attention import check_documents_apart
-from ftcli.model.base import choose_device, choose_dtype
+from ftcli.model.base import choose_device, choose_dtype, is_memory_error
 from ftcli.model.build import Built, build_model, count_parameters
 from ftcli.recipe import Recipe
-from ftcli.store.run import RunFolder, cut_lines, discard_replaced, now_text, seal_manifest
+from ftcli.store.file import check_free, free_bytes, sync_file
+from ftcli.store.run import (
+    RunFolder,
+    cut_lines,
+    discard_replaced,
+    now_text,
+    read_lines,
+    read_manifest,
+    seal_manifest,
+    update_manifest,
+)
 from ftcli.train.artifact import save_artifact
+from ftcli.train.best import find_best
 from ftcli.train.checkpoint import (
     Checkpoint,
+    find_path,
     load_checkpoint,
+    load_weights,
+    read_checkpoint,
     remove_newer_checkpoints,
     rotate_checkpoints,
     save_checkpoint,
 )
 from ftcli.train.evaluation import Evaluation
+from ftcli.train.forecast import RunForecast, check_memory, explain_memory
 from ftcli.train.loop import StepResult, run_steps
-from ftcli.train.memory import limit_heap, measure_peak, release_between_blocks, start_measuring
-from ftcli.train.optim import build_optimizer
+from ftcli.train.memory import (
+    limit_heap,
+    measure_available,
+    measure_peak,
+    release_between_blocks,
+    start_measuring,
+)
+from ftcli.train.optim import build_optimizer, list_trained
 from ftcli.train.prepare import Prepared
 from ftcli.train.record import record_step
+from ftcli.train.rehearsal import rehearse
 from ftcli.train.stop import StopRequest
 
 
@@ -38,12 +64,14 @@ class Execution:
 
     run: RunFolder
     prepared: Prepared
+    forecast: RunForecast | None
     stop: StopRequest
     on_event: OnEvent
     resume_command: str
     step: int = 0
     saved_step: int = 0
     start_rss_bytes: int = 0
+    available_bytes: int = 0
 
     @property
     def recipe(self) -> Recipe:
@@ -53,6 +81,12 @@ class Execution:
     def total_steps(self) -> int:
         return self.prepared.plan.total_steps
 
+    @cached_property
+    def origin(self) -> str:
+        """A hash that ties checkpoints to this run: when it was started, and from what."""
+        entry = [read_manifest(self.run)["started_at"], self.prepared.identity]
+        return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+
     def run_all(self, checkpoint: Checkpoint | None) -> None:
         """Nothing; the run folder holds the finished run.
 
@@ -61,23 +95,28 @@ class Execution:
             FtcliError: what stopped the run; steps that were made are saved where that is possible.
         """
         started = time.perf_counter()
-        built = self._build()
-        if checkpoint:
+        try:
+            built = self._build()
             self._restore(checkpoint)
+            self._rehearse()
+        except Exception as error:
+            self._check_memory(error, f"before step {self.step + 1}")
+            raise
+        self.stop.hold()
         discard_replaced(self.run)
         try:
-            self.stop.check()
-            if self.evaluation.is_due(self.step):
-                self.evaluation.measure(self.step)
-            self._run_steps()
-            artifact = save_artifact(self.run, self.prepared, built)
+            self._go_through()
+            artifact = self._leave_artifact(built)
         except Interrupted as error:
             raise self._explain_stop(error) from None
+        except KeyboardInterrupt as error:
+            raise self._explain_kill(explain_stop(error)) from None
         except NumericError:
             raise
-        except Exception:
+        except Exception as error:
             with suppress(Exception):  # what is being reported comes first
                 self._save()
+            self._check_memory(error, f"after step {self.step}")
             raise
         self.on_event(Saved(str(artifact)))
         counts, peak = count_parameters(built.model), measure_peak()
@@ -100,7 +139,8 @@ class Execution:
         device = choose_device()
         if device.type == "cpu":
             limit_heap()
-        self.start_rss_bytes = start_measuring()
+        self.start_rss_bytes, self.available_bytes = start_measuring(), measure_available()
+        check_memory(self.forecast, self.recipe, self.available_bytes)
         dtype = choose_dtype(self.recipe.model.dtype, device)
         self.on_event(Stage("load", f"{str(dtype).removeprefix('torch.')} on {device.type}"))
         built = build_model(
@@ -130,23 +170,53 @@ class Execution:
         if self.recipe.is_4bit:
             import bitsandbytes  # noqa: F401
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        """Nothing; model, optimizer and records stand where the checkpoint was made."""
-        load_checkpoint(
-            checkpoint,
-            self.model,
-            self.optimizer,
-            scaler=self.accelerator.scaler,
-            origin=self.prepared.origin,
-        )
-        self.step = self.saved_step = checkpoint.step
-        for path in remove_newer_checkpoints(self.run, checkpoint.step):
-            self.on_event(Notice(f"{path} is not on the way from step {checkpoint.step}: removed"))
-        for path in (self.run.metrics, self.run.timing, self.run.eval):
-            cut_lines(path, checkpoint.step)
+    def _restore(self, checkpoint: Checkpoint | None) -> None:
+        """Nothing; model, optimizer and records stand where the checkpoint was made, or at the beginning."""
+        if checkpoint:
+            load_checkpoint(
+                checkpoint,
+                self.model,
+                self.optimizer,
+                scaler=self.accelerator.scaler,
+                origin=self.origin,
+            )
+            self.step = self.saved_step = checkpoint.step
+        for path in remove_newer_checkpoints(self.run, self.step):
+            self.on_event(Notice(f"{path} is not on the way from step {self.step}: removed"))
+        for path in (self.run.metrics, self.run.timing, self.run.eval, self.run.samples / "prompts.jsonl"):
+            cut_lines(path, self.step if checkpoint else -1)
+        known = {entry["step"] for entry in read_lines(self.run.metrics)}
+        if lost := [str(step) for step in range(1, self.step + 1) if step not in known]:
+            steps = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
+            self.on_event(Notice(f"{self.run.metrics} is damaged: it has no line for step {steps}"))
 
-    def _run_steps(self) -> None:
-        """Nothing; every step is made, recorded, saved and evaluated as the recipe says."""
+    def _rehearse(self) -> None:
+        """Nothing; the largest batches fit, and so will a checkpoint and the artifact."""
+        self.on_event(Stage("try", "the largest batches, forward and back"))
+        rehearse(
+            self.recipe,
+            self.prepared.split.train.documents,
+            self.prepared.plan,
+            [part.documents for part in self.prepared.split.held_out],
+            self.wrapped_model,
+            self.accelerator,
+            plain_model=self.model,
+            has_moments=self.step > 0,
+        )
+        size = sum(p.numel() * p.element_size() for _, p in list_trained(self.model))
+        checkpoint, limit = 3 * size, self.recipe.checkpoint.save_total_limit  # weights and two moments
+        check_free(self.run.path, checkpoint + size)
+        if free_bytes(self.run.path) < (needed := (limit + 1) * checkpoint + size):
+            free = free_bytes(self.run.path) / 1e6
+            self.on_event(Notice(f"checkpoints and artifact may take {needed / 1e6:,.0f} MB, and {free:,.0f} are free"))
+
+    def _go_through(self) -> None:
+        """Nothing; every step is made, recorded, saved and evaluated as the recipe says, or as many as helped."""
+        self.stop.check()
+        if self.evaluation.is_due(self.step):
+            self._evaluate()
+        if self._is_over():
+            return
         self.on_event(Stage("train", f"{self.total_steps} steps"))
         clock = _Clock(self.total_steps)
         steps = run_steps(
@@ -168,39 +238,114 @@ class Execution:
                 if self.step == self.total_steps or (save_steps and self.step % save_steps == 0):
                     self._save()
                 if self.evaluation.is_due(self.step):
-                    self.evaluation.measure(self.step)
+                    self._evaluate()
+                    if self._is_over():
+                        break
             self.stop.check()
         except NumericError as error:
-            if isinstance(error.result, StepResult):
-                record_step(self.run, error.result)
-            last = f"the last checkpoint is of step {self.saved_step}" if self.saved_step else "no checkpoint was made"
-            error.hint += f"; {last}"
-            raise
+            raise self._explain_numbers(error) from None
 
-    def _save(self) -> None:
-        """Nothing; the steps that were made are in a checkpoint."""
+    def _evaluate(self) -> None:
+        """Nothing; held-out rows are measured after this step, and the step is saved if it is the best so far."""
+        try:
+            self.evaluation.measure(self.step)
+        except Exception as error:
+            if self.recipe.eval is None or not is_memory_error(error):
+                raise
+            rows = max(1, self.recipe.eval.per_device_eval_batch_size // 2)
+            raise MemoryExhausted(
+                f"out of memory while held-out rows were measured after step {self.step}",
+                why=str(error).partition("\n")[0],
+                hint=f"generate fewer answers at a time: --set eval.per_device_eval_batch_size={rows}",
+            ) from error
+        best = find_best(self.run, self.recipe.eval)
+        if best and best.step == self.step:
+            self._save()
+            update_manifest(self.run, best={"step": best.step, "metric": best.metric, "value": best.value})
+            rotate_checkpoints(self.run, self.recipe.checkpoint.save_total_limit, best_step=best.step)
+
+    def _is_over(self) -> bool:
+        """Whether too many evaluations in a row were no better; the last step is saved then."""
+        best, section = find_best(self.run, self.recipe.eval), self.recipe.eval
+        patience = section.early_stopping_patience if section else None
+        if best is None or patience is None or best.n_since < patience or self.step == self.total_steps:
+            return False
+        self._save()
+        times = "1 evaluation" if best.n_since == 1 else f"{best.n_since} evaluations"
+        self.on_event(
+            Notice(f"stopped early after step {self.step}: no better {best.metric} in {times} since step {best.step}")
+        )
+        return True
+
+    def _leave_artifact(self, built: Built) -> Path:
+        """The folder of the adapter or model: of the best step where the recipe says so, else of the last."""
+        step, best = self.step, find_best(self.run, self.recipe.eval)
+        if self.recipe.takes_best and best and best.step != step:
+            path = find_path(self.run, best.step)
+            if path is None:
+                self.on_event(Notice(f"the checkpoint of the best step, {best.step}, is gone: the last one is taken"))
+            else:
+                load_weights(read_checkpoint(path), self.model)
+                step = best.step
+        artifact = save_artifact(self.run, self.prepared, built)
+        update_manifest(self.run, artifact_step=step)
+        return artifact
+
+    def _save(self, *, rotates: bool = True) -> None:
+        """Nothing; the steps that were made are in a checkpoint, and their records on the disk."""
         if self.step == self.saved_step:
             return
+        for path in (self.run.metrics, self.run.timing, self.run.eval):
+            if path.exists():
+                sync_file(path)
         path = save_checkpoint(
             self.run,
             self.step,
             self.model,
             self.optimizer,
             scaler=self.accelerator.scaler,
-            origin=self.prepared.origin,
+            origin=self.origin,
         )
         self.saved_step = self.step
-        rotate_checkpoints(self.run, self.recipe.checkpoint.save_total_limit)
+        if rotates:
+            best = find_best(self.run, self.recipe.eval)
+            limit = self.recipe.checkpoint.save_total_limit
+            rotate_checkpoints(self.run, limit, best_step=best.step if best else None)
         self.on_event(Saved(str(path)))
 
     def _explain_stop(self, error: Interrupted) -> Interrupted:
         """The same interruption, after a checkpoint, saying how to go on."""
         self._save()
         what = f"{error.what} after step {self.step} of {self.total_steps}, which is saved"
-        hint = f"go on: {self.resume_command}"
         if not self.step:
-            what, hint = f"{error.what} before the first step", ""
-        return Interrupted(what, signal_number=self.stop.signal_number, hint=hint)
+            what = f"{error.what} before the first step"
+        return Interrupted(what, signal_number=self.stop.signal_number, hint=f"go on: {self.resume_command}")
+
+    def _explain_kill(self, error: Interrupted) -> Interrupted:
+        """The interruption by a second signal, which nothing was saved after."""
+        saved = f"step {self.saved_step} is saved" if self.saved_step else "no step is saved"
+        what = f"{error.what} at once, in step {self.step + 1} of {self.total_steps}; {saved}"
+        return Interrupted(what, signal_number=error.exit_code - 128, hint=f"go on: {self.resume_command}")
+
+    def _explain_numbers(self, error: NumericError) -> NumericError:
+        """The same error, recorded, with the last good step saved and named; older checkpoints stay as they are."""
+        if isinstance(error.result, StepResult):
+            record_step(self.run, error.result)
+            with suppress(DiskError, NumericError):
+                self._save(rotates=False)
+        path = find_path(self.run, self.saved_step or None)
+        error.hint += f"; the last good checkpoint is {path}" if path else "; no step is saved"
+        return error
+
+    def _check_memory(self, error: Exception, where: str) -> None:
+        """None, unless memory ran out.
+
+        Raises:
+            MemoryExhausted: saying what would fit.
+        """
+        if is_memory_error(error):
+            what, why = f"out of memory {where}", str(error).partition("\n")[0]
+            raise explain_memory(self.forecast, self.recipe, self.available_bytes, what=what, why=why) from error
 
 
 def choose_mixed_precision(dtype: torch.dtype, *, trains_base_weights: bool) -> str:

@@ -1,29 +1,52 @@
-"""What a run will need of memory, from its own largest micro-batch, for its manifest."""
+"""What a run will need of memory, from its own largest micro-batch, and what to change when it is too much."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ftcli.errors import FtcliError
+from ftcli.errors import FtcliError, MemoryExhausted
 from ftcli.model.base import choose_device, choose_dtype
 from ftcli.model.demand import Device, build_recipe_training, describe_files, measure_shape
-from ftcli.model.forecast import forecast_memory
+from ftcli.model.forecast import HALVED_ROWS, Change, Forecast, Shape, Training, fit, forecast_memory
 from ftcli.model.layout import locate_tensor
+from ftcli.recipe import Recipe
 from ftcli.store.target import read_config
 from ftcli.store.weight import WeightTable, read_weight_table
 from ftcli.train.prepare import Prepared
+from ftcli.train.rehearsal import find_largest
 
 _STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _WINDOW_BYTES = 1 << 16
+_MARGIN = 1.1  # forecasts are right within a tenth
 
 
-def forecast_run(prepared: Prepared) -> dict[str, Any] | None:
-    """The manifest's ``forecast``: bytes by component and in all; None for a model that cannot be forecast.
+@dataclass(frozen=True)
+class RunForecast:
+    """The forecast of one run, with what it was made from."""
 
-    The micro-batch of the first epoch with the most tokens decides; evaluation is not in it.
+    shape: Shape
+    training: Training
+    forecast: Forecast
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's ``forecast``: bytes by component and in all."""
+        return {
+            **{f"{part.name.replace(' ', '_')}_bytes": part.size_bytes for part in self.forecast.components},
+            "total_bytes": self.forecast.total_bytes,
+            "device": self.training.device,
+            "tokens": self.training.tokens,
+            "peak_phase": self.forecast.peak_phase,
+            "is_calibrated": self.forecast.is_calibrated,
+        }
+
+
+def forecast_run(prepared: Prepared) -> RunForecast | None:
+    """The forecast of a run; None for a model that cannot be forecast.
+
+    The micro-batch with the most tokens decides; evaluation is not in it.
     """
     files, recipe, device = prepared.files, prepared.recipe, choose_device()
     try:
@@ -38,27 +61,86 @@ def forecast_run(prepared: Prepared) -> dict[str, Any] | None:
         return None
     documents = prepared.split.train.documents
     lengths, targets = documents.lengths, documents.count_targets().tolist()
-    batches = [batch for step in prepared.plan.first_epoch for batch in step]
-    largest = max(batches, key=lambda batch: sum(lengths[index] for index in batch))
+    largest = find_largest(recipe, documents, prepared.plan)[0]
     training = replace(
         training,
         tokens=sum(lengths[index] for index in largest),
         longest_document=max(lengths[index] for index in largest),
         target_tokens=max(1, sum(targets[index] for index in largest)),
         n_documents=len(largest),
+        n_rows=recipe.train.per_device_train_batch_size if recipe.data.packing else len(largest),
     )
     is_copied = bool(recipe.tokenizer.add_tokens or (recipe.peft and recipe.peft.modules_to_save))
     if kind == "cpu" and training.method != "full" and not anatomy.is_tied and not is_copied:
         training = replace(training, unread_bytes=_count_unread(table, training.dtype, documents.table.ids))
-    forecast = forecast_memory(shape, training)
-    return {
-        **{f"{part.name.replace(' ', '_')}_bytes": part.size_bytes for part in forecast.components},
-        "total_bytes": forecast.total_bytes,
-        "device": kind,
-        "tokens": training.tokens,
-        "peak_phase": forecast.peak_phase,
-        "is_calibrated": forecast.is_calibrated,
-    }
+    return RunForecast(shape, training, forecast_memory(shape, training))
+
+
+def check_memory(found: RunForecast | None, recipe: Recipe, available_bytes: int) -> None:
+    """None if a run on the CPU can fit, where a system ends processes that take too much without a word.
+
+    Raises:
+        MemoryExhausted: it cannot, even if the forecast is a tenth too high.
+    """
+    if found and found.training.device == "cpu" and found.forecast.total_bytes > _MARGIN * available_bytes:
+        raise explain_memory(found, recipe, available_bytes, what="the run does not fit into memory")
+
+
+def explain_memory(
+    found: RunForecast | None, recipe: Recipe, available_bytes: int, *, what: str, why: str = ""
+) -> MemoryExhausted:
+    """The error with the forecast's numbers and the smallest change that fits.
+
+    Args:
+        found: the forecast, if there is one.
+        recipe: what was asked for.
+        available_bytes: what the run could take when it began.
+        what: where memory ran out.
+        why: what the allocator said.
+    """
+    if found is None:
+        hint = (
+            "set train.gradient_checkpointing: true, a smaller data.max_length, or quantization: {load_in_4bit: true}"
+        )
+        return MemoryExhausted(what, why=why, hint=hint)
+    total = found.forecast.total_bytes
+    numbers = (
+        f"forecast {_format(total)} with micro-batches of up to {found.training.tokens:,} tokens, "
+        f"{_format(available_bytes)} available when it began"
+    )
+    # where less than the forecast was too much, the forecast is no measure of what fits: a tenth less is tried
+    changes, can_fit = fit(found.shape, found.training, min(available_bytes, int(total / _MARGIN)))
+    if not can_fit:
+        least = changes[-1].training if changes else found.training
+        size = _format(forecast_memory(found.shape, least).total_bytes)
+        hint = f"no setting makes it fit ({size} at the least); take a smaller model, or a larger machine"
+    else:
+        size = _format(forecast_memory(found.shape, changes[-1].training).total_bytes)
+        settings = " ".join(f"--set {text}" for text in _list_settings(recipe, changes))
+        keeps = ", with the same result" if all(change.keeps_result for change in changes) else ""
+        hint = f"the smallest change that fits: {settings} (forecast {size}{keeps})"
+    return MemoryExhausted(what, why="\n  ".join(filter(None, (numbers, why))), hint=hint)
+
+
+def _list_settings(recipe: Recipe, changes: tuple[Change, ...]) -> list[str]:
+    """The changes as ``key=value``, each key once, with its last value."""
+    settings: dict[str, str] = {}
+    rows = recipe.train.per_device_train_batch_size
+    n_rows = rows * recipe.train.gradient_accumulation_steps
+    for change in changes:
+        if change.key == HALVED_ROWS:
+            rows = max(size for size in range(1, change.training.n_rows + 1) if n_rows % size == 0)
+            settings["train.per_device_train_batch_size"] = str(rows)
+            settings["train.gradient_accumulation_steps"] = str(n_rows // rows)
+        elif change.key == "peft":
+            settings["peft"] = "{r: 16, target_modules: all-linear}"
+        else:
+            settings[change.key] = change.value
+    return [f"'{key}={value}'" if " " in value else f"{key}={value}" for key, value in settings.items()]
+
+
+def _format(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB"
 
 
 def _count_unread(table: WeightTable, dtype: str, ids: Any) -> int:

@@ -40,25 +40,56 @@ def limit_heap() -> None:
 
 
 def release_between_blocks(model: nn.Module) -> None:
-    """Nothing; while ``model`` trains, free heap is given back before the head, and before each block, both ways."""
+    """Nothing; while ``model`` trains, free heap goes back before the head, and between blocks where it has grown.
+
+    Each page that goes back is faulted in again. So on the way through the blocks, forward and back, it is given back
+    only above what a block takes on a heap that has just been trimmed, or the head with its logits: a step needs that
+    anyway.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    def release(module: nn.Module, _: object) -> None:
-        if module.training:
-            release_free_memory()
+    heap = _Heap()
 
-    def release_backward(module: nn.Module, _: object, output: Any) -> None:
+    def before_block(module: nn.Module, _: object) -> None:
+        if module.training:
+            heap.trim_above_need()
+
+    def after_block(module: nn.Module, _: object, output: Any) -> None:
         hidden = output if isinstance(output, torch.Tensor) else output[0]
         if module.training and hidden.requires_grad:
-            hidden.register_hook(lambda _: release_free_memory())
+            hidden.register_hook(lambda _: heap.trim_above_need())
+
+    def before_head(module: nn.Module, _: object) -> None:
+        if module.training:
+            heap.trim()
 
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.register_forward_pre_hook(release)
-            module.register_forward_hook(release_backward)
+            module.register_forward_pre_hook(before_block)
+            module.register_forward_hook(after_block)
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is not None:
-        head.register_forward_pre_hook(release)
+        head.register_forward_pre_hook(before_head)
+
+
+class _Heap:
+    """The free heap of this process, and how much memory is held even where it was just given back."""
+
+    def __init__(self) -> None:
+        self.needed_bytes = 0
+        self.was_trimmed = False
+
+    def trim(self) -> None:
+        release_free_memory()
+        self.was_trimmed = True
+
+    def trim_above_need(self) -> None:
+        held = measure_rss()
+        if self.was_trimmed:
+            self.needed_bytes = max(self.needed_bytes, held)
+            self.was_trimmed = False
+        elif held > self.needed_bytes:
+            self.trim()
 
 
 def release_free_memory() -> None:
@@ -105,6 +136,49 @@ def measure_rss() -> int:
 def measure_memory() -> int:
     """Bytes held now: allocated on the CUDA device where there is one, else resident in host memory."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else measure_rss()
+
+
+def measure_available() -> int:
+    """Bytes that this process can still take: of the CUDA device, else of host memory, swap and what limits it."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    limits = [sys.maxsize, _read_cgroup_room()]
+    with suppress(OSError, ValueError, IndexError):
+        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in _read_lines("/proc/meminfo")}
+        limits.append(sizes["MemAvailable"] + sizes["SwapFree"])
+    with suppress(OSError, ValueError, IndexError):
+        address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if address_space != resource.RLIM_INFINITY:
+            used = int(_read_lines("/proc/self/statm")[0].split()[0]) * resource.getpagesize()
+            limits.append(max(0, address_space - used))
+    return min(limits)
+
+
+def _read_cgroup_room() -> int:
+    """What the process's control groups leave it (cgroup v2 and v1); file pages are given up before anything else."""
+    room = sys.maxsize
+    for line in _read_lines("/proc/self/cgroup"):
+        _, controllers, name = line.split(":", 2)
+        is_v2 = not controllers
+        if not is_v2 and "memory" not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup" if is_v2 else "/sys/fs/cgroup/memory")
+        files = ("memory.max", "memory.current") if is_v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        inner = root / name.lstrip("/")
+        for folder in (inner, *inner.parents):
+            if folder.is_relative_to(root):
+                with suppress(OSError, ValueError):  # "max" is no limit
+                    limit, used = (int((folder / file).read_text()) for file in files)
+                    stat = dict(line.split() for line in _read_lines(str(folder / "memory.stat")))
+                    used -= int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+                    room = min(room, max(0, limit - used))
+    return room
+
+
+def _read_lines(path: str) -> list[str]:
+    with suppress(OSError):
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    return []
 
 
 def _read_high_water() -> int:

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ftcli.data.chat import ChatRenderer
 from ftcli.data.check import list_findings
+from ftcli.data.documents import Documents
 from ftcli.data.finding import check_findings
 from ftcli.data.fit import list_template_findings
 from ftcli.data.limits import ModelLimits, read_limits
 from ftcli.data.loader import DataSplit, Reading, load_split
+from ftcli.data.message import Message
+from ftcli.data.role import load_roles
 from ftcli.data.tokenizer import NewTokens, add_tokens, hash_template, hash_tokenizer, load_tokenizer
 from ftcli.errors import ContentError, UsageError
+from ftcli.evaluate.generate import find_unfit, has_reference
 from ftcli.events import Notice, OnEvent, Progress, Stage, ignore_event
 from ftcli.model.base import build_skeleton, choose_device, count_embedding_rows
 from ftcli.model.build import check_names, find_adapter
 from ftcli.recipe import LoadedRecipe, Recipe
 from ftcli.store.run import RunFolder, read_manifest
 from ftcli.store.target import ModelFiles, find_model, fingerprint_model
+from ftcli.train.best import check_metric
+from ftcli.train.change import list_identity
 from ftcli.train.loop import Plan, plan_run
 from ftcli.train.optim import plan_warmup
 
@@ -49,11 +54,10 @@ class Prepared:
         return self.loaded.recipe
 
     @property
-    def origin(self) -> str:
-        """A hash of everything that decides the run's numbers; a checkpoint belongs to runs of one origin."""
-        recipe = self.recipe.model_dump(mode="json", exclude={"checkpoint", "output_dir"})
+    def identity(self) -> dict[str, Any]:
+        """Everything that ties a checkpoint to runs like this one."""
         inputs = {**self.inputs, "base": self.inputs["base"]["fingerprint"]}
-        return hashlib.sha256(json.dumps([recipe, inputs], sort_keys=True).encode()).hexdigest()
+        return {"recipe": list_identity(self.recipe), "inputs": inputs}
 
 
 def prepare_run(
@@ -128,13 +132,44 @@ def load_data(recipe: Recipe, renderer: ChatRenderer, limits: ModelLimits, on_ev
     findings = list_findings(findings, sets, renderer, limits)
     check_findings(findings)
     losses = [f"{part.name}: {sentence}" for part in sets for sentence in part.report.describe_losses()]
-    for sentence in (*split.notices, *losses):
+    split, unfit = _add_evaluation(recipe, split, renderer)
+    for sentence in (*split.notices, *losses, *unfit):
         on_event(Notice(sentence))
     for finding in findings:
         if finding.code not in _TOLD_ELSEWHERE:
             place = f" ({finding.places[0]})" if finding.places else ""
             on_event(Notice(f"{finding.what}{place}"))
     return split
+
+
+def _add_evaluation(recipe: Recipe, split: DataSplit, renderer: ChatRenderer) -> tuple[DataSplit, list[str]]:
+    """The split with what evaluation needs besides, and a sentence for whatever it will not measure.
+
+    Raises:
+        FtcliError: it could measure nothing of what was asked.
+    """
+    section, notices = recipe.eval, []
+    if section is None:
+        return split, []
+    check_metric(section, [part.name for part in split.held_out])
+    for prompt in section.sample_prompts:
+        renderer.render_prompt([Message("user", prompt)])
+    for part in split.held_out if section.score else ():
+        examples = part.read_examples()
+        n_asked = sum(map(has_reference, examples))
+        unfit = find_unfit(examples, section.score or "", section.regex)
+        if unfit and len(unfit) == n_asked:
+            raise ContentError(unfit[0].what, where=unfit[0].where, hint="set another eval.score")
+        if unfit:
+            n_rows, first = len(unfit), unfit[0]
+            notices.append(f"{n_rows} of {n_asked} rows of {part.name} cannot be right: {first.what} ({first.where})")
+        if not n_asked:
+            notices.append(f"no row of {part.name} ends with an answer: there is no score")
+    by_role: dict[str, Mapping[str, Documents]] = {}
+    for part in split.held_out if "role" in section.loss_by else ():
+        by_role[part.name], refused = load_roles(part, renderer, recipe.data)
+        notices += refused
+    return replace(split, held_out_by_role=by_role), notices
 
 
 def check_inputs_outside(recipe: Recipe, output: Path) -> None:

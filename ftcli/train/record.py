@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
 from ftcli import __version__
-from ftcli.errors import ContentError, DiskError, FtcliError, Interrupted, MemoryExhausted
-from ftcli.model.base import is_memory_error
+from ftcli.errors import ContentError, DiskError, Interrupted
 from ftcli.recipe import dump_recipe
 from ftcli.store.file import write_text
 from ftcli.store.run import RunFolder, append_line, now_text, read_manifest, update_manifest
-from ftcli.train.forecast import forecast_run
+from ftcli.train.change import Change
+from ftcli.train.forecast import RunForecast
 from ftcli.train.loop import StepResult
 from ftcli.train.memory import measure_memory
 from ftcli.train.prepare import Prepared
 
 
-def write_start(run: RunFolder, prepared: Prepared, *, is_resumed: bool) -> None:
+def write_start(run: RunFolder, prepared: Prepared, forecast: RunForecast | None) -> None:
     """Nothing; the manifest says that the run is under way, and from what."""
-    if is_resumed:
-        update_manifest(run, state="running", finished_at=None)
-        return
     recipe = prepared.recipe
     update_manifest(
         run,
@@ -34,12 +31,21 @@ def write_start(run: RunFolder, prepared: Prepared, *, is_resumed: bool) -> None
         **prepared.inputs,
         parent=recipe.peft.adapter if recipe.peft else None,
         data={part.name: asdict(part.report) for part in (prepared.split.train, *prepared.split.held_out)},
-        forecast=forecast_run(prepared),
+        forecast=forecast.to_json() if forecast else None,
         measured=None,
+        best=None,
         verify=None,
         files={},
     )
     write_text(run.recipe, dump_recipe(recipe, prepared.loaded.sources))
+
+
+def write_restart(run: RunFolder, prepared: Prepared, changes: Sequence[Change], *, step: int) -> None:
+    """Nothing; the manifest says that the run is under way again, and what differs after ``step``."""
+    entries = [{"step": step, "key": change.key, "old": change.old, "new": change.new} for change in changes]
+    before = read_manifest(run).get("changes", [])
+    update_manifest(run, state="running", finished_at=None, changes=[*before, *entries])
+    write_text(run.recipe, dump_recipe(prepared.recipe, prepared.loaded.sources))
 
 
 def check_inputs(run: RunFolder, identity: dict[str, Any]) -> None:
@@ -70,14 +76,7 @@ def recorded(run: RunFolder) -> Iterator[None]:
         is_interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
         with suppress(DiskError):  # the disk that is full is what is being reported
             update_manifest(run, state="interrupted" if is_interrupted else "failed", finished_at=now_text())
-        if isinstance(error, FtcliError | KeyboardInterrupt) or not is_memory_error(error):
-            raise
-        raise MemoryExhausted(
-            "out of memory",
-            why=str(error).splitlines()[0],
-            hint="lower data.max_length or train.per_device_train_batch_size, set "
-            "train.gradient_checkpointing: true, or add quantization: {load_in_4bit: true}",
-        ) from error
+        raise
 
 
 def record_step(run: RunFolder, result: StepResult) -> None:

@@ -1,6 +1,6 @@
 """``ftcli train``: one recipe from its files to an adapter in a run folder.
 
-    files → tokenizer → documents → model → eval ─▶ steps, checkpoints, evals ─▶ adapter/ ─▶ manifest: finished
+    files → tokenizer → documents → model → longest batch → eval ─▶ steps, checkpoints, evals ─▶ adapter/ ─▶ finished
 
 Everything that can be wrong with recipe, data or names is found before the run folder is touched, and a run that
 is to be replaced is only removed when the new one has its model.
@@ -11,18 +11,18 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from ftcli.errors import UsageError
+from ftcli.errors import MemoryExhausted, UsageError
 from ftcli.events import Notice, OnEvent, ignore_event
-from ftcli.recipe import LoadedRecipe, compare_recipes, load_recipe
-from ftcli.store.run import RunFolder, locked, read_manifest, restore_replaced, set_aside
+from ftcli.model.base import is_memory_error
+from ftcli.recipe import LoadedRecipe, load_recipe
+from ftcli.store.run import RunFolder, locked, read_lines, read_manifest, recover, restore_replaced, set_aside
+from ftcli.train.change import Change, list_changes
 from ftcli.train.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
 from ftcli.train.execution import Execution
+from ftcli.train.forecast import forecast_run
 from ftcli.train.prepare import check_inputs_outside, prepare_run
-from ftcli.train.record import check_inputs, recorded, write_start
+from ftcli.train.record import check_inputs, recorded, write_restart, write_start
 from ftcli.train.stop import StopRequest
-
-# what may differ between a run and its resumption without changing a single number of it
-_FREE_ON_RESUME = ("checkpoint.", "output_dir")
 
 
 def train(
@@ -51,35 +51,84 @@ def train(
         raise UsageError("--resume, --resume-from and --overwrite exclude each other")
     loaded = load_recipe(recipe_path, overrides=overrides)
     run = RunFolder(Path(loaded.recipe.output_dir))
-    checkpoint, revision, template_date = None, loaded.recipe.model.revision, None
-    if resume or resume_from:
-        check_same_recipe(run, loaded)
-        manifest = read_manifest(run)
-        if resume and manifest["state"] == "finished":
-            on_event(Notice(f"{run.path} is finished: nothing is left to train"))
-            return run
-        checkpoint = _choose_checkpoint(run, resume_from, on_event)
-        revision = revision or manifest["base"]["revision"]
-        template_date = manifest.get("template_date")
-    else:
-        check_vacant(run, overwrite=overwrite)
-        check_inputs_outside(loaded.recipe, run.path)
-    prepared = prepare_run(loaded, on_event, revision=revision, template_date=template_date)
     words = ["ftcli", "train", str(recipe_path), *(f"--set={text}" for text in overrides), "--resume"]
-    with locked(run), StopRequest() as stop:
-        if checkpoint is None:
-            check_vacant(run, overwrite=overwrite)
-            set_aside(run)
-        else:
-            check_inputs(run, prepared.inputs)
+    command = shlex.join(words)
+    with StopRequest() as stop:
+        recover(run)
         try:
-            write_start(run, prepared, is_resumed=checkpoint is not None)
+            if resume or resume_from:
+                _go_on(run, loaded, resume_from, stop, on_event, command)
+            else:
+                _start(run, loaded, overwrite, stop, on_event, command)
+        except Exception as error:
+            if not is_memory_error(error):
+                raise
+            why = str(error).partition("\n")[0]
+            raise MemoryExhausted("out of memory while the run was prepared", why=why) from error
+    return run
+
+
+def _start(
+    run: RunFolder, loaded: LoadedRecipe, overwrite: bool, stop: StopRequest, on_event: OnEvent, command: str
+) -> None:
+    """Nothing; the run folder holds the finished run, begun anew."""
+    check_vacant(run, overwrite=overwrite)
+    check_inputs_outside(loaded.recipe, run.path)
+    prepared = prepare_run(loaded, on_event)
+    forecast = forecast_run(prepared)
+    with locked(run):
+        check_vacant(run, overwrite=overwrite)
+        set_aside(run)
+        try:
+            write_start(run, prepared, forecast)
             with recorded(run):
-                Execution(run, prepared, stop, on_event, shlex.join(words)).run_all(checkpoint)
+                Execution(run, prepared, forecast, stop, on_event, command).run_all(None)
         except BaseException:
             restore_replaced(run)
             raise
-    return run
+
+
+def _go_on(
+    run: RunFolder,
+    loaded: LoadedRecipe,
+    resume_from: Path | None,
+    stop: StopRequest,
+    on_event: OnEvent,
+    command: str,
+) -> None:
+    """Nothing; the run folder holds the finished run, which went on from a checkpoint, or from its beginning."""
+    if not run.holds_run():
+        raise UsageError(
+            "nothing to resume: there is no run in output_dir", where=str(run.path), hint="train without --resume"
+        )
+    with locked(run):
+        manifest = read_manifest(run)
+        checkpoint = _choose_checkpoint(run, resume_from, on_event)
+        changes = check_changes(run, loaded, next_step=checkpoint.step + 1 if checkpoint else 1)
+        is_finished = manifest["state"] == "finished" and resume_from is None
+        if is_finished and not any(change.kind == "course" for change in changes):
+            on_event(Notice(f"{run.path} is finished: nothing is left to train"))
+            return
+        for change in changes:
+            on_event(Notice(str(change)))
+        prepared = prepare_run(
+            loaded,
+            on_event,
+            revision=loaded.recipe.model.revision or manifest["base"]["revision"],
+            template_date=manifest.get("template_date"),
+        )
+        check_inputs(run, prepared.inputs)
+        made = checkpoint.step if checkpoint else 0
+        if made > prepared.plan.total_steps or (is_finished and made == prepared.plan.total_steps):
+            raise UsageError(
+                f"nothing to resume: {made} steps are made, and the recipe asks for {prepared.plan.total_steps}",
+                where=str(run.path),
+                hint="raise train.num_train_epochs or train.max_steps",
+            )
+        forecast = forecast_run(prepared)
+        write_restart(run, prepared, changes, step=made)
+        with recorded(run):
+            Execution(run, prepared, forecast, stop, on_event, command).run_all(checkpoint)
 
 
 def check_vacant(run: RunFolder, *, overwrite: bool) -> None:
@@ -105,36 +154,44 @@ def check_vacant(run: RunFolder, *, overwrite: bool) -> None:
         )
 
 
-def check_same_recipe(run: RunFolder, loaded: LoadedRecipe) -> None:
-    """None if ``run`` was started with the recipe that is to go on.
+def check_changes(run: RunFolder, loaded: LoadedRecipe, *, next_step: int) -> list[Change]:
+    """What the recipe says otherwise than the one that the run was made with so far, all of it possible.
 
     Raises:
-        UsageError: there is no run, or the recipe differs in something that decides its numbers.
+        UsageError: something differs that the steps made so far cannot be gone on with.
     """
-    if not run.holds_run():
+    if not run.recipe.exists():  # killed in its first moment
+        return []
+    changes = list_changes(load_recipe(run.recipe).recipe, loaded.recipe, next_step=next_step)
+    if foreign := [change for change in changes if change.kind == "foreign"]:
         raise UsageError(
-            "nothing to resume: there is no run in output_dir", where=str(run.path), hint="train without --resume"
-        )
-    before = load_recipe(run.recipe).recipe
-    changed = [
-        (key, old, new)
-        for key, old, new in compare_recipes(before, loaded.recipe)
-        if not key.startswith(_FREE_ON_RESUME)
-    ]
-    if changed:
-        lines = "; ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in changed)
-        raise UsageError(
-            f"the recipe is not the one that the run was started with: {lines}",
+            "the recipe is not the one that the run was started with:\n"
+            + "\n".join(f"  {change}" for change in foreign),
             where=str(loaded.path),
-            why="the steps to come would not belong to the steps that were made",
             hint="undo the change, or start a run of its own with another output_dir",
         )
+    return changes
 
 
-def _choose_checkpoint(run: RunFolder, resume_from: Path | None, on_event: OnEvent) -> Checkpoint:
+def _choose_checkpoint(run: RunFolder, resume_from: Path | None, on_event: OnEvent) -> Checkpoint | None:
+    """The checkpoint to go on from; None for a run that was stopped before its first one."""
     if resume_from is not None:
         return read_checkpoint(resume_from)
     checkpoint, damaged = find_checkpoint(run)
     for sentence in damaged:
-        on_event(Notice(f"{sentence}; going on from {checkpoint.path.name}"))
+        on_event(Notice(f"{sentence}; going on from {checkpoint.path.name if checkpoint else 'the beginning'}"))
+    if checkpoint is None:
+        _check_none_lost(run)
+        on_event(Notice("the run was stopped before its first checkpoint: it begins at step 1"))
     return checkpoint
+
+
+def _check_none_lost(run: RunFolder) -> None:
+    save_steps = load_recipe(run.recipe).recipe.checkpoint.save_steps if run.recipe.exists() else None
+    made = max((entry["step"] for entry in read_lines(run.metrics)), default=0)
+    if save_steps and made > save_steps:
+        raise UsageError(
+            f"nothing to resume: {made} steps were made, and the run has no checkpoint",
+            where=str(run.checkpoints),
+            hint="restore the folder, or start anew with --overwrite",
+        )

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP: asked for once, a run stops after the step it is in; a second SIGINT stops at once."""
+"""SIGINT, SIGTERM and SIGHUP: while steps are made a signal is only noted, and polled; before that it stops at once."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from ftcli.errors import Interrupted
+from ftcli.errors import Stopped, explain_stop
 
 
 class StopRequest:
-    """A block in which signals are only noted, to be polled with ``check``."""
+    """A block in which the first signal raises ``Stopped``, or after ``hold`` waits to be polled with ``check``.
+
+    Until ``hold`` there is nothing that could be lost. A second SIGINT always stops at once.
+    """
 
     def __init__(self) -> None:
         self.signal_number = 0
+        self.is_held = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -30,11 +34,18 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(error, KeyboardInterrupt):
+            raise explain_stop(error) from None
+
+    def hold(self) -> None:
+        """Nothing; from now on the first signal waits for ``check``."""
+        self.is_held = True
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        is_second = bool(self.signal_number) and number == signal.SIGINT
         self.signal_number = number
+        if is_second or not self.is_held:
+            raise Stopped(number)
 
     def check(self) -> None:
         """None, unless a signal came.
@@ -43,5 +54,4 @@ class StopRequest:
             Interrupted: with the signal's number.
         """
         if self.signal_number:
-            name = signal.Signals(self.signal_number).name
-            raise Interrupted(f"stopped by {name}", signal_number=self.signal_number)
+            raise explain_stop(Stopped(self.signal_number))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import ftcli.train.execution as execution
 from ftcli.errors import ContentError, DiskError, FtcliError, Interrupted, UsageError
 from ftcli.events import EvalDone, StepDone
 from ftcli.jobs.summary import summarize_run
-from ftcli.store.run import RunFolder, read_lines, read_manifest
+from ftcli.store.run import RunFolder, read_lines, read_manifest, update_manifest
 from ftcli.train.run import train
 
 
@@ -80,11 +81,26 @@ def test_leftovers_of_killed_processes_are_swept(write_recipe: Any, tmp_path: Pa
     (run.checkpoints / ".step-000005.tmp-99").mkdir()
     (run.path / ".manifest.json.tmp-99").write_text("half")
     run.checkpoints.joinpath("step-000003").rename(run.checkpoints / ".step-000003.old-99")
-    with pytest.raises(UsageError, match="no checkpoint"):
-        train(path, resume=True)
-    run.checkpoints.joinpath(".step-000003.old-99").rename(run.checkpoints / "step-000003")
-    train(path, resume=True)
+    steps: list[int] = []
+    train(path, resume=True, on_event=lambda event: steps.append(event.step) if isinstance(event, StepDone) else None)
+    assert steps == [4, 5, 6]
     assert not [p for p in run.path.rglob(".*") if p.name != ".lock"]
+
+
+def test_a_run_without_a_checkpoint_begins_again_unless_they_were_taken_away(write_recipe: Any, tmp_path: Path) -> None:
+    path, run = write_recipe(checkpoint={"save_steps": 2}), RunFolder(tmp_path / "run")
+    whole = train(path, overrides=(f"output_dir={tmp_path / 'whole'}",))
+    with pytest.raises(Interrupted):
+        train(path, on_event=stop_after(StepDone, step=1))
+    shutil.rmtree(run.checkpoints)
+    notices: list[str] = []
+    train(path, resume=True, on_event=lambda event: notices.append(getattr(event, "text", "")))
+    assert "the run was stopped before its first checkpoint: it begins at step 1" in notices
+    assert run.metrics.read_bytes() == whole.metrics.read_bytes()
+    update_manifest(run, state="interrupted")
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(UsageError, match="6 steps were made, and the run has no checkpoint"):
+        train(path, resume=True)
 
 
 def test_checkpoints_of_another_run_are_refused(write_recipe: Any, tmp_path: Path) -> None:

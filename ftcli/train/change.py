@@ -1,0 +1,107 @@
+"""A recipe that changed between a run and its resumption: what each change does, and which ones cannot be made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ftcli.recipe import Recipe, compare_recipes
+
+Kind = Literal["same", "rounding", "course", "foreign"]
+
+_BATCH = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+_ROWS = "steps would see other rows, some of an epoch twice and others never"
+_CURVE = "the learning rate follows the new curve from step {step} on"
+_FROM = "holds from step {step} on"
+_BASE = "the trained weights belong to the base that they were trained on"
+_ROUNDING = "the steps stay the same but for rounding"
+
+# key or section → whether the steps to come stay what they were, and in words
+_EFFECTS: dict[str, tuple[Kind, str]] = {
+    "schema": ("foreign", "it is another format"),
+    "model": ("foreign", _BASE),
+    "model.attn_implementation": ("rounding", _ROUNDING),
+    "tokenizer": ("foreign", "rows would become other tokens"),
+    "quantization": ("foreign", _BASE),
+    "peft": ("foreign", "the trained weights would mean something else"),
+    "peft.lora_dropout": ("course", _FROM),
+    "datasets": ("foreign", _ROWS),
+    "data": ("foreign", _ROWS),
+    "train.learning_rate": ("course", _CURVE),
+    "train.lr_scheduler_type": ("course", _CURVE),
+    "train.warmup_ratio": ("course", _CURVE),
+    "train.warmup_steps": ("course", _CURVE),
+    "train.num_train_epochs": ("course", f"the run has another length, and {_CURVE}"),
+    "train.max_steps": ("course", f"the run has another length, and {_CURVE}"),
+    "train.optim": ("rounding", _ROUNDING),
+    "train.adam_beta1": ("course", _FROM),
+    "train.adam_beta2": ("course", _FROM),
+    "train.adam_epsilon": ("course", _FROM),
+    "train.weight_decay": ("course", _FROM),
+    "train.max_grad_norm": ("course", _FROM),
+    "train.per_device_train_batch_size": ("foreign", _ROWS),
+    "train.gradient_accumulation_steps": ("foreign", _ROWS),
+    "train.gradient_checkpointing": ("rounding", _ROUNDING),
+    "train.seed": ("foreign", _ROWS),
+    "eval": ("same", "the steps stay the same; measurements from here on are made as it says"),
+    "eval.datasets": ("foreign", "measurements before and after could not be compared"),
+    "checkpoint": ("same", "the steps stay the same"),
+    "output_dir": ("same", "the steps stay the same"),
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key with its values before and now, and what comes of that."""
+
+    key: str
+    old: Any
+    new: Any
+    kind: Kind
+    effect: str
+
+    def __str__(self) -> str:
+        return f"{self.key} was {self.old!r}, now {self.new!r}: {self.effect}"
+
+
+def list_changes(before: Recipe, now: Recipe, *, next_step: int) -> list[Change]:
+    """What differs, in the schema's order, for a run whose next step is ``next_step``."""
+    keeps_rows = _count_rows(before) == _count_rows(now)
+    changes = []
+    for key, old, new in compare_recipes(before, now):
+        kind, effect = find_effect(key)
+        if key == "eval" and any(section and section["datasets"] for section in (old, new)):
+            kind, effect = find_effect("eval.datasets")
+        if key in _BATCH and keeps_rows:
+            kind, effect = "rounding", f"steps have the same rows, in portions of another size: {_ROUNDING}"
+        changes.append(Change(key, old, new, kind, effect.format(step=next_step)))
+    return changes
+
+
+def find_effect(key: str) -> tuple[Kind, str]:
+    """What a change of this dotted key does: by its own entry, or its section's."""
+    parts = key.split(".")
+    return next(_EFFECTS[name] for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in _EFFECTS)
+
+
+def list_identity(recipe: Recipe) -> dict[str, Any]:
+    """The values without which a checkpoint of one run could not be one of another.
+
+    Held-out rows are not among them: they are part of the data's hash.
+    """
+    flat = dict(_flatten(recipe.model_dump(mode="json", by_alias=True, exclude={"eval"})))
+    kept = {key: value for key, value in flat.items() if find_effect(key)[0] == "foreign" and key not in _BATCH}
+    return {**kept, "rows per step": _count_rows(recipe)}
+
+
+def _count_rows(recipe: Recipe) -> int:
+    return recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
+
+
+def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,280 @@
+"""SIGKILL before any change to the disk, signals in every phase, a disk that fills up, bytes that flip."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftcli.errors import ContentError, DiskError, FtcliError, Interrupted
+from ftcli.events import EvalDone, Event, Notice, Progress, Sampled, Saved, Stage, StepDone
+from ftcli.store import run as store_run
+from ftcli.store.file import free_bytes
+from ftcli.store.run import RunFolder, append_line, read_lines, read_manifest
+from ftcli.train.checkpoint import read_checkpoint
+from ftcli.train.run import train
+
+CRASH = Path(__file__).parents[1] / "crash.py"
+EVAL = {
+    "datasets": [{"path": "held_out.jsonl"}],
+    "eval_steps": 2,
+    "score": "exact_match",
+    "max_new_tokens": 4,
+    "sample_prompts": ["question 3"],
+}
+
+
+def crash(recipe: Path, case: str, numbers: list[int]) -> list[Any]:
+    command = [sys.executable, "-W", "ignore", str(CRASH), str(recipe), str(recipe.parent / "out"), case]
+    done = subprocess.run([*command, *map(str, numbers)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def hard_recipe(write_recipe: Any) -> Path:
+    """Every step saves, every second is measured, and rotation leaves one checkpoint beside the best."""
+    checkpoint = {"save_steps": 1, "save_total_limit": 1}
+    path: Path = write_recipe(eval=EVAL, checkpoint=checkpoint, peft={"r": 4, "lora_alpha": 8, "lora_dropout": 0.2})
+    return path
+
+
+@pytest.mark.parametrize(("case", "n"), [("begin", 6), ("overwrite", 3), ("resume", 3)])
+def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(hard_recipe: Path, case: str, n: int) -> None:
+    """A sample that is seeded, and spread over all of the changes that a run makes to the disk."""
+    chances = random.Random(case)
+    numbers = [int((i + chances.random()) * 130 / n) for i in range(n)]
+    for found in crash(hard_recipe, case, numbers):
+        assert found["killed"] == signal.SIGKILL
+        assert (found["error"], found["differs"]) == ("", []), found["number"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["begin", "overwrite", "resume"])
+def test_a_run_killed_before_each_of_its_changes_ends_as_if_it_had_not_been(hard_recipe: Path, case: str) -> None:
+    (answer,) = crash(hard_recipe, case, [])
+    n_changes = len(answer["value"])
+    assert n_changes > 100
+    for found in crash(hard_recipe, case, list(range(0, n_changes, 2))):
+        assert (found["killed"], found["error"], found["differs"]) == (signal.SIGKILL, "", []), found["number"]
+
+
+PHASES = {
+    "model": lambda event: isinstance(event, Stage) and event.name == "model",
+    "data": lambda event: isinstance(event, Progress) and event.stage == "data",
+    "load": lambda event: isinstance(event, Stage) and event.name == "load",
+    "try": lambda event: isinstance(event, Stage) and event.name == "try",
+    "first eval": lambda event: isinstance(event, Stage) and event.name == "eval",
+    "answers": lambda event: isinstance(event, Progress) and event.stage == "eval",
+    "step": lambda event: isinstance(event, StepDone) and event.step == 3,
+    "save": lambda event: isinstance(event, Saved) and event.path.endswith("step-000004"),
+    "eval": lambda event: isinstance(event, EvalDone) and event.step == 4,
+    "sample": lambda event: isinstance(event, Sampled) and event.step == 4,
+    "last step": lambda event: isinstance(event, StepDone) and event.step == 6,
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_in_any_phase_costs_at_most_a_step(
+    write_recipe: Any, tmp_path: Path, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(eval=EVAL, checkpoint={"save_steps": 4})
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))  # rows are rendered, not read from the cache
+    steps: list[int] = []
+    pending = [signal.SIGTERM]
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, StepDone):
+            steps.append(event.step)
+        if pending and PHASES[phase](event):
+            os.kill(os.getpid(), pending.pop())
+
+    with pytest.raises(Interrupted) as caught:
+        train(path, on_event=on_event)
+    assert caught.value.exit_code == 143
+    run, made = RunFolder(tmp_path / "run"), steps[-1] if steps else 0
+    if phase in ("model", "data"):
+        assert not run.path.exists()
+        return
+    assert read_manifest(run)["state"] == "interrupted"
+    assert made == {"step": 3, "save": 4, "eval": 4, "sample": 4, "last step": 6}.get(phase, 0)
+    if made:
+        assert (run.checkpoints / f"step-{made:06d}").is_dir()
+    train(path, resume=True, on_event=on_event)
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert {entry["step"] for entry in read_lines(run.eval)} == {0, 2, 4, 6}
+
+
+def test_sigterm_while_libraries_load_is_told_and_143(write_recipe: Any) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ftcli", "train", str(write_recipe())], stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "stopped by SIGTERM" in err
+    assert "Traceback" not in err
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of three megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("only root can make a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("room_bytes", [0, 2_000, 60_000, 150_000, 300_000])
+def test_a_disk_that_fills_up_leaves_what_was_saved(write_recipe: Any, small_disk: Path, room_bytes: int) -> None:
+    """After step 3 only so much is left, which is too little for a line, for a checkpoint, or for two."""
+    path = write_recipe(checkpoint={"save_steps": 1, "save_total_limit": 9}, peft={"r": 16, "lora_alpha": 8})
+    run = RunFolder(small_disk / "run")
+    filler = small_disk / "filler"
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Saved) and event.path.endswith("step-000003"):
+            with filler.open("wb", buffering=0) as stream:
+                while (excess := free_bytes(small_disk) - room_bytes) > 4096:
+                    stream.write(bytes(excess // 4096 * 4096))
+
+    with pytest.raises(DiskError) as caught:
+        train(path, overrides=(f"output_dir={run.path}",), on_event=on_event)
+    text = str(caught.value)
+    assert caught.value.exit_code == 6
+    assert str(run.path) in text
+    assert "bytes are needed" in text
+    assert "bytes are free" in text
+    for folder in run.checkpoints.glob("step-*"):
+        read_checkpoint(folder)
+    assert (run.checkpoints / "step-000003").is_dir()
+    assert not [p for p in run.path.rglob(".*") if p.name != ".lock"]
+    assert not run.adapter.exists()
+    for file in (run.metrics, run.timing):
+        assert all(json.loads(line)["step"] for line in file.read_text().splitlines())
+    filler.unlink()
+    train(path, overrides=(f"output_dir={run.path}",), resume=True)
+    assert [entry["step"] for entry in read_lines(run.metrics)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_room_for_a_checkpoint_is_told_before_the_first_step(write_recipe: Any, small_disk: Path) -> None:
+    path = write_recipe(peft={"r": 256, "lora_alpha": 8})
+    steps: list[Event] = []
+    with pytest.raises(DiskError, match=r"[\d,]+ bytes are needed, [\d,]+ bytes are free"):
+        train(
+            path,
+            overrides=(f"output_dir={small_disk / 'run'}",),
+            on_event=lambda event: steps.append(event) if isinstance(event, StepDone) else None,
+        )
+    assert not steps
+
+
+def test_a_line_that_is_not_written_whole_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append_line(path, {"step": 1})
+
+    class Narrow(io.FileIO):
+        def write(self, data: Any) -> int:
+            if len(data) < 5:
+                raise OSError(28, "No space left on device")
+            return int(super().write(data[:5]) or 0)
+
+    monkeypatch.setattr(Path, "open", lambda self, *_, **__: Narrow(self, "ab"))
+    with pytest.raises(DiskError):
+        append_line(path, {"step": 2})
+    monkeypatch.undo()
+    assert path.read_text() == '{"step": 1}\n'
+    assert store_run.read_lines(path) == [{"step": 1}]
+
+
+def test_any_flipped_byte_of_a_checkpoint_is_found(write_recipe: Any, tmp_path: Path) -> None:
+    """One bit in each of many places of every file; only a manifest that says the same may pass."""
+    run = train(write_recipe(), overrides=("train.max_steps=1",))
+    sound, copy = run.checkpoints / "step-000001", tmp_path / "copy"
+    chances = random.Random(5)
+    n_found = 0
+    for file in sorted(sound.iterdir()):
+        data = file.read_bytes()
+        for place in {*range(0, len(data), max(1, len(data) // 150)), len(data) - 1}:
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(sound, copy)
+            changed = bytearray(data)
+            changed[place] ^= 1 << chances.randrange(8)
+            (copy / file.name).write_bytes(changed)
+            try:
+                read_checkpoint(copy)
+            except ContentError as error:
+                n_found += 1
+                assert str(copy) in str(error)
+            else:
+                manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (sound, copy)]
+                hashes = [{name: e["sha256"] for name, e in m["files"].items()} for m in manifests]
+                assert file.name == "manifest.json"
+                assert hashes[0] == hashes[1]
+    assert n_found > 400
+
+
+@pytest.mark.parametrize("harm", ["cut", "zeros", "gone", "empty folder", "no manifest"])
+def test_resume_goes_back_to_the_checkpoint_before_a_damaged_one(write_recipe: Any, harm: str) -> None:
+    path = write_recipe(checkpoint={"save_steps": 2, "save_total_limit": 3})
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(path, on_event=on_event)
+    run = RunFolder(path.parent / "run")
+    folder = run.checkpoints / "step-000005"
+    file = folder / "optimizer.safetensors"
+    data = file.read_bytes()
+    if harm == "cut":
+        file.write_bytes(data[: len(data) // 2])
+    elif harm == "zeros":
+        file.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    elif harm == "gone":
+        file.unlink()
+    elif harm == "no manifest":
+        (folder / "manifest.json").unlink()
+    else:
+        shutil.rmtree(folder)
+        folder.mkdir()
+    with pytest.raises(FtcliError) as caught:
+        train(path, resume_from=folder)
+    assert caught.value.exit_code == 3
+    assert str(folder) in str(caught.value)
+    notices: list[str] = []
+    train(path, resume=True, on_event=lambda e: notices.append(e.text) if isinstance(e, Notice) else None)
+    assert any("step-000005" in text and "going on from step-000004" in text for text in notices)
+    assert [entry["step"] for entry in read_lines(run.metrics)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_damaged_line_of_the_record_is_told_on_resumption(write_recipe: Any, tmp_path: Path) -> None:
+    path = write_recipe()
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(path, on_event=on_event)
+    run = RunFolder(tmp_path / "run")
+    run.metrics.write_text(run.metrics.read_text().replace('{"step": 2', '{"stop'))
+    notices: list[str] = []
+    train(path, resume=True, on_event=lambda e: notices.append(e.text) if isinstance(e, Notice) else None)
+    assert f"{run.metrics} is damaged: it has no line for step 2" in notices
