@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ftcli.cli.console import format_bytes
+from ftcli.cli.outcome import format_bytes
 from ftcli.cli.rows import wrap
 
 if TYPE_CHECKING:

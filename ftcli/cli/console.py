@@ -7,13 +7,13 @@ import logging
 import os
 import shutil
 import sys
-import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ftcli.cli.outcome import format_bytes, format_seconds, list_outcome
 from ftcli.errors import FtcliError
 from ftcli.events import EvalDone, Event, Notice, OnEvent, Progress, Sampled, Saved, Stage, StepDone
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _PLAIN_LINES = 20  # about as many step lines as a log of a whole run should have
-_SAMPLES_SHOWN = 3
 _LONGEST_LINE = 2000
 
 
@@ -174,89 +173,12 @@ def _shorten(text: str, width: int) -> str:
     return line if len(line) <= width else f"{line[: width - 2]} …"
 
 
-def format_seconds(seconds: float) -> str:
-    """``42 s``, ``3:07`` or ``1:02:05``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def format_bytes(size_bytes: int) -> str:
-    """``269.1 MB`` or ``1.20 GB``; 1 GB is 10^9 bytes."""
-    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
-
-
 def show_run(summary: RunSummary, *, as_json: bool) -> None:
     """Nothing; what came of a run is on stdout, with the commands that go on from it."""
     if as_json:
         print_json({"schema": SCHEMA, "command": "train", **summary.to_json()})
-        return
-    print_text()
-    print_text(f"{summary.run}: {summary.state}")
-    for label, text in _list_run_facts(summary):
-        print_text(f"  {label:<12} {text}")
-    _show_samples(summary)
-    if summary.artifact:
-        print_text()
-        print_text("next:")
-        print_text(f"  ftcli chat {summary.run}")
-        print_text(f'  ftcli chat {summary.run} --compare-base --prompt "…"')
-
-
-def _list_run_facts(summary: RunSummary) -> list[tuple[str, str]]:
-    facts = [("base", summary.base)]
-    if summary.loss_first is not None and summary.loss_last is not None:
-        facts.append(("loss", f"{summary.loss_first:.4f} → {summary.loss_last:.4f} in {summary.steps} steps"))
-    for entry in summary.evals:
-        losses = [loss for loss in (entry.loss_before, entry.loss_after) if loss is not None]
-        facts.append((entry.dataset, "loss " + " → ".join(f"{loss:.4f}" for loss in losses)))
-        if entry.score_after is not None:
-            was = "" if entry.score_before is None else f"{entry.score_before:.1%} → "
-            facts.append(("", f"{entry.metric} {was}{entry.score_after:.1%} of {entry.n_rows} rows"))
-    if summary.seconds is not None:
-        steps = format_seconds(summary.train_seconds)
-        facts.append(("time", f"{format_seconds(summary.seconds)}, of which training {steps}"))
-    if summary.peak_rss_bytes is not None:
-        facts.append(("memory", f"{format_bytes(summary.peak_rss_bytes)} at most"))
-    if summary.forecast_bytes and summary.measured_bytes:
-        foretold, measured = format_bytes(summary.forecast_bytes), format_bytes(summary.measured_bytes)
-        facts.append(("", f"model and training {measured}, forecast {foretold}"))
-    if summary.artifact:
-        size = "" if summary.trainable_parameters is None else f"  ({summary.trainable_parameters:,} parameters)"
-        facts.append(("saved", f"{summary.artifact}{size}"))
-    return facts
-
-
-def _show_samples(summary: RunSummary) -> None:
-    """A few held-out rows side by side: those that were learned first, then those still wrong."""
-    ordered = sorted(summary.samples, key=lambda s: (s.is_right == s.was_right, s.is_right))
-    wrong = [sample for sample in summary.samples if not sample.is_right][:1]
-    shown = [*ordered[: _SAMPLES_SHOWN - len(wrong)], *wrong]
-    for sample in dict.fromkeys(shown):
-        print_text()
-        print_text(_wrap("asked", sample.question))
-        print_text(_wrap("before", sample.before))
-        print_text(_wrap("right" if sample.is_right else "wrong", sample.after))
-        if not sample.is_right:
-            print_text(_wrap("wanted", sample.reference))
-
-
-def _wrap(label: str, text: str) -> str:
-    """``label`` and ``text``, in at most three lines of the terminal's width."""
-    width = max(40, shutil.get_terminal_size((80, 24)).columns)
-    lines = textwrap.wrap(
-        " ".join(text.split()) or "(nothing)",
-        width=width - 1,
-        initial_indent=f"  {label:<8}",
-        subsequent_indent=" " * 10,
-        max_lines=3,
-        placeholder=" …",
-        break_on_hyphens=False,
-    )
-    return "\n".join(lines)
+    else:
+        show_lines(list_outcome(summary, width=measure_width()))
 
 
 def show_lines(lines: Iterable[str]) -> None:

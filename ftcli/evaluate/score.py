@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+import regex
+
+_MOST_SECONDS = 1.0
 
 
 def score_exact_match(answer: str, reference: str) -> bool:
@@ -39,21 +42,29 @@ def score_regex(answer: str, reference: str, pattern: str | None = None) -> bool
     Without a pattern ``reference`` itself is one, and the question is whether ``answer`` holds it.
     """
     if pattern is None:
-        return re.search(reference.strip(), answer) is not None
-    found, wanted = re.search(pattern, answer), re.search(pattern, reference)
+        return _search(reference.strip(), answer) is not None
+    found, wanted = _search(pattern, answer), _search(pattern, reference)
     if found is None or wanted is None:
         return False
-    return (found.groups() or found.group()) == (wanted.groups() or wanted.group())
+    return bool((found.groups() or found.group()) == (wanted.groups() or wanted.group()))
+
+
+def _search(pattern: str, text: str) -> Any:
+    """The first match; none where that takes longer than a second, as nested repetitions can."""
+    try:
+        return regex.search(pattern, text, timeout=_MOST_SECONDS)
+    except TimeoutError:
+        return None
 
 
 def check_reference(reference: str, metric: str, pattern: str | None = None) -> str:
     """What is wrong with a row's reference for this score, in words; empty if nothing is."""
-    if metric == "regex" and pattern is not None and not re.search(pattern, reference):
+    if metric == "regex" and pattern is not None and not _search(pattern, reference):
         return "eval.regex finds nothing in the row's answer, so no answer could be right"
     if metric == "regex" and pattern is None:
         try:
-            re.compile(reference.strip())
-        except re.error as error:
+            regex.compile(reference.strip())
+        except regex.error as error:
             return f"the row's answer is no regular expression ({error})"
     if metric == "json":
         try:

@@ -12,7 +12,7 @@ from ftcli.store.run import RunFolder, read_lines, read_manifest
 
 @dataclass(frozen=True)
 class EvalSummary:
-    """Loss and score on one held-out set, before the first step and after the last."""
+    """Loss and score on one held-out set, before the first step and after the one that was kept."""
 
     dataset: str
     loss_before: float | None
@@ -39,6 +39,7 @@ class SampleChange:
 class RunSummary:
     """A run as it stands; what was measured is None until it has finished.
 
+    ``artifact_step`` is the step that the artifact is of, ``best_step`` the one that was best in ``best_metric``.
     ``measured_bytes`` is what ``forecast_bytes`` foretold: allocated on the CUDA device, or resident in host memory
     beyond what was there before the model was loaded.
     """
@@ -60,6 +61,9 @@ class RunSummary:
     measured_bytes: int | None
     trainable_parameters: int | None
     artifact: str | None
+    artifact_step: int | None
+    best_step: int | None
+    best_metric: str | None
 
     def to_json(self) -> dict[str, Any]:
         """The document that ``ftcli train --json`` prints, but for its schema and command."""
@@ -96,7 +100,8 @@ def summarize_run(run: RunFolder) -> RunSummary:
     metrics, timing = read_lines(run.metrics), read_lines(run.timing)
     measured = manifest.get("measured") or {}
     is_finished = manifest.get("state") == "finished"
-    evals, samples = _summarize_evals(run)
+    evals, samples = _summarize_evals(run, manifest.get("artifact_step"))
+    best = manifest.get("best") or {}
     return RunSummary(
         run=str(run.path),
         state=str(manifest.get("state")),
@@ -115,16 +120,21 @@ def summarize_run(run: RunFolder) -> RunSummary:
         measured_bytes=_compare_memory(measured),
         trainable_parameters=measured.get("trainable_parameters"),
         artifact=str(run.artifact) if is_finished else None,
+        artifact_step=manifest.get("artifact_step"),
+        best_step=best.get("step"),
+        best_metric=best.get("metric"),
     )
 
 
-def _summarize_evals(run: RunFolder) -> tuple[tuple[EvalSummary, ...], tuple[SampleChange, ...]]:
+def _summarize_evals(
+    run: RunFolder, artifact_step: int | None
+) -> tuple[tuple[EvalSummary, ...], tuple[SampleChange, ...]]:
     entries = read_lines(run.eval)
     evals, samples = [], []
     metric = _read_metric(run)
     for name in dict.fromkeys(entry["dataset"] for entry in entries):
         own = [entry for entry in entries if entry["dataset"] == name]
-        first, last = own[0], own[-1]
+        first, last = own[0], next((entry for entry in own if entry["step"] == artifact_step), own[-1])
         before = first if first["step"] == 0 else None
         after = last if last["step"] > 0 else None
         answers = read_lines(run.path / "samples" / f"{name}-{last['step']:06d}.jsonl")

@@ -90,7 +90,7 @@ class Training:
 
     @property
     def is_autocast(self) -> bool:
-        """Whether float32 weights are computed with in 16 bits (train/execution.py, choose_mixed_precision)."""
+        """Whether float32 weights are computed with in 16 bits (train/engine.py, choose_mixed_precision)."""
         return self.method == "full" and self.dtype != "float32"
 
 

@@ -6,7 +6,6 @@ strictly: a bool is no int, text is no number.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -37,9 +36,11 @@ def _check_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _check_regex(text: str) -> str:
+    import regex
+
     try:
-        re.compile(text)
-    except re.error as error:
+        regex.compile(text)
+    except regex.error as error:
         raise build_error(f"is no regular expression: {error}") from None
     return text
 
@@ -285,12 +286,15 @@ class EvalSection(Section):
     )
     max_new_tokens: Count = Field(default=128, description="Longest answer generated, in tokens.")
     per_device_eval_batch_size: Count = Field(default=8, description="Answers generated at a time.")
-    sample_prompts: OptionalTexts = Field(
+    sample_prompts: Annotated[OptionalTexts, Expected("a list of distinct texts")] = Field(
         default=(), description="Questions answered at each evaluation, into samples/prompts.jsonl."
     )
-    loss_by: Annotated[tuple[Literal["role", "source"], ...], Field(strict=False), AfterValidator(_check_distinct)] = (
-        Field(default=(), description="Also the loss on each role's turns (role), or on each file's rows (source).")
-    )
+    loss_by: Annotated[
+        tuple[Literal["role", "source"], ...],
+        Field(strict=False),
+        AfterValidator(_check_distinct),
+        Expected("a list of role, source or both"),
+    ] = Field(default=(), description="Also the loss on each role's turns (role), or on each file's rows (source).")
     metric: Annotated[
         str, Field(pattern=r"^(.+\.)?(loss|score)$"), Expected("loss, score, NAME.loss or NAME.score")
     ] = Field(

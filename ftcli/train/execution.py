@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from ftcli.errors import DiskError, Interrupted, MemoryExhausted, NumericError, explain_stop
 from ftcli.events import Notice, OnEvent, Saved, Stage, StepDone
-from ftcli.model.attention import check_documents_apart
-from ftcli.model.base import choose_device, choose_dtype, is_memory_error
-from ftcli.model.build import Built, build_model, count_parameters
+from ftcli.model.base import choose_device, is_memory_error
+from ftcli.model.build import count_parameters
 from ftcli.recipe import Recipe
 from ftcli.store.file import check_free, free_bytes, sync_file
 from ftcli.store.run import (
@@ -41,6 +38,7 @@ from ftcli.train.checkpoint import (
     rotate_checkpoints,
     save_checkpoint,
 )
+from ftcli.train.engine import build_engine, import_libraries
 from ftcli.train.evaluation import Evaluation
 from ftcli.train.forecast import RunForecast, check_memory, explain_memory
 from ftcli.train.loop import StepResult, run_steps
@@ -48,10 +46,9 @@ from ftcli.train.memory import (
     limit_heap,
     measure_available,
     measure_peak,
-    release_between_blocks,
     start_measuring,
 )
-from ftcli.train.optim import build_optimizer, list_trained
+from ftcli.train.optim import list_trained
 from ftcli.train.prepare import Prepared
 from ftcli.train.record import record_step
 from ftcli.train.rehearsal import rehearse
@@ -96,7 +93,7 @@ class Execution:
         """
         started = time.perf_counter()
         try:
-            built = self._build()
+            self._build()
             self._restore(checkpoint)
             self._rehearse()
         except Exception as error:
@@ -106,7 +103,7 @@ class Execution:
         discard_replaced(self.run)
         try:
             self._go_through()
-            artifact = self._leave_artifact(built)
+            artifact = self._leave_artifact()
         except Interrupted as error:
             raise self._explain_stop(error) from None
         except KeyboardInterrupt as error:
@@ -119,7 +116,7 @@ class Execution:
             self._check_memory(error, f"after step {self.step}")
             raise
         self.on_event(Saved(str(artifact)))
-        counts, peak = count_parameters(built.model), measure_peak()
+        counts, peak = count_parameters(self.engine.model), measure_peak()
         measured = {
             "seconds": round(time.perf_counter() - started, 3),
             "start_rss_bytes": self.start_rss_bytes,
@@ -131,53 +128,26 @@ class Execution:
         }
         seal_manifest(self.run, artifact, state="finished", finished_at=now_text(), measured=measured)
 
-    def _build(self) -> Built:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-
-        self._import_libraries()
+    def _build(self) -> None:
+        import_libraries(self.recipe)
         device = choose_device()
         if device.type == "cpu":
             limit_heap()
         self.start_rss_bytes, self.available_bytes = start_measuring(), measure_available()
         check_memory(self.forecast, self.recipe, self.available_bytes)
-        dtype = choose_dtype(self.recipe.model.dtype, device)
-        self.on_event(Stage("load", f"{str(dtype).removeprefix('torch.')} on {device.type}"))
-        built = build_model(
-            self.recipe, self.prepared.files, dtype=dtype, device=device, new_tokens=self.prepared.new_tokens
+        self.engine = build_engine(self.prepared, device, self.on_event)
+        self.evaluation = Evaluation(
+            self.run, self.prepared, self.engine.model, self.engine.accelerator, self.stop, self.on_event
         )
-        if device.type == "cpu":
-            release_between_blocks(built.model)
-        counts = count_parameters(built.model)
-        self.on_event(Stage("parameters", f"{counts.trainable:,} of {counts.total:,} are trained"))
-        mixed_precision = choose_mixed_precision(dtype, trains_base_weights=built.trains_base_weights)
-        AcceleratorState._reset_state()  # or a second run in this process could not choose another precision
-        self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
-        self.model = built.model
-        self.optimizer = build_optimizer(built.model, self.recipe.train)
-        self.wrapped_model, self.wrapped_optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        if self.recipe.puts_documents_together:
-            with self.accelerator.autocast():
-                check_documents_apart(built.model)
-        self.evaluation = Evaluation(self.run, self.prepared, built.model, self.accelerator, self.stop, self.on_event)
-        return built
-
-    def _import_libraries(self) -> None:
-        """Nothing; what is resident from now on is the model's and its training's."""
-        import peft  # noqa: F401 - and with it transformers
-        import transformers.modeling_utils  # noqa: F401
-
-        if self.recipe.is_4bit:
-            import bitsandbytes  # noqa: F401
 
     def _restore(self, checkpoint: Checkpoint | None) -> None:
         """Nothing; model, optimizer and records stand where the checkpoint was made, or at the beginning."""
         if checkpoint:
             load_checkpoint(
                 checkpoint,
-                self.model,
-                self.optimizer,
-                scaler=self.accelerator.scaler,
+                self.engine.model,
+                self.engine.optimizer,
+                scaler=self.engine.accelerator.scaler,
                 origin=self.origin,
             )
             self.step = self.saved_step = checkpoint.step
@@ -198,12 +168,12 @@ class Execution:
             self.prepared.split.train.documents,
             self.prepared.plan,
             [part.documents for part in self.prepared.split.held_out],
-            self.wrapped_model,
-            self.accelerator,
-            plain_model=self.model,
+            self.engine.wrapped_model,
+            self.engine.accelerator,
+            plain_model=self.engine.model,
             has_moments=self.step > 0,
         )
-        size = sum(p.numel() * p.element_size() for _, p in list_trained(self.model))
+        size = sum(p.numel() * p.element_size() for _, p in list_trained(self.engine.model))
         checkpoint, limit = 3 * size, self.recipe.checkpoint.save_total_limit  # weights and two moments
         check_free(self.run.path, checkpoint + size)
         if free_bytes(self.run.path) < (needed := (limit + 1) * checkpoint + size):
@@ -223,9 +193,9 @@ class Execution:
             self.recipe,
             self.prepared.split.train.documents,
             self.prepared.plan,
-            self.wrapped_model,
-            self.wrapped_optimizer,
-            self.accelerator,
+            self.engine.wrapped_model,
+            self.engine.wrapped_optimizer,
+            self.engine.accelerator,
             first_step=self.step + 1,
             should_stop=lambda: bool(self.stop.signal_number),
         )
@@ -277,7 +247,7 @@ class Execution:
         )
         return True
 
-    def _leave_artifact(self, built: Built) -> Path:
+    def _leave_artifact(self) -> Path:
         """The folder of the adapter or model: of the best step where the recipe says so, else of the last."""
         step, best = self.step, find_best(self.run, self.recipe.eval)
         if self.recipe.takes_best and best and best.step != step:
@@ -285,9 +255,9 @@ class Execution:
             if path is None:
                 self.on_event(Notice(f"the checkpoint of the best step, {best.step}, is gone: the last one is taken"))
             else:
-                load_weights(read_checkpoint(path), self.model)
+                load_weights(read_checkpoint(path), self.engine.model)
                 step = best.step
-        artifact = save_artifact(self.run, self.prepared, built)
+        artifact = save_artifact(self.run, self.prepared, self.engine.built)
         update_manifest(self.run, artifact_step=step)
         return artifact
 
@@ -301,9 +271,9 @@ class Execution:
         path = save_checkpoint(
             self.run,
             self.step,
-            self.model,
-            self.optimizer,
-            scaler=self.accelerator.scaler,
+            self.engine.model,
+            self.engine.optimizer,
+            scaler=self.engine.accelerator.scaler,
             origin=self.origin,
         )
         self.saved_step = self.step
@@ -346,17 +316,6 @@ class Execution:
         if is_memory_error(error):
             what, why = f"out of memory {where}", str(error).partition("\n")[0]
             raise explain_memory(self.forecast, self.recipe, self.available_bytes, what=what, why=why) from error
-
-
-def choose_mixed_precision(dtype: torch.dtype, *, trains_base_weights: bool) -> str:
-    """What accelerate casts: weights of the base that are trained stay in float32 and need autocast.
-
-    LoRA on bfloat16 needs none: PEFT keeps its own weights in float32 and casts around them. float16 always
-    needs the loss scaler that comes with it.
-    """
-    if dtype is torch.float16:
-        return "fp16"
-    return "bf16" if trains_base_weights and dtype is torch.bfloat16 else "no"
 
 
 class _Clock:

@@ -90,7 +90,7 @@ def test_errors_come_before_the_model_and_the_run_folder(
     def load(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("the model is loaded")
 
-    monkeypatch.setattr("ftcli.train.execution.build_model", load)
+    monkeypatch.setattr("ftcli.train.engine.build_model", load)
     with pytest.raises(ContentError, match=words):
         train(write_recipe(**sections))
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,80 @@
+"""What makes the steps: the model, its optimizer, and accelerate around both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ftcli.events import OnEvent, Stage
+from ftcli.model.attention import check_documents_apart
+from ftcli.model.base import choose_dtype
+from ftcli.model.build import Built, build_model, count_parameters
+from ftcli.recipe import Recipe
+from ftcli.train.memory import release_between_blocks
+from ftcli.train.optim import build_optimizer
+from ftcli.train.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The model as it is evaluated and saved, and as it is trained (``wrapped_``)."""
+
+    built: Built
+    optimizer: torch.optim.AdamW
+    accelerator: Any
+    wrapped_model: Any
+    wrapped_optimizer: Any
+
+    @property
+    def model(self) -> Any:
+        return self.built.model
+
+
+def import_libraries(recipe: Recipe) -> None:
+    """Nothing; what is resident from now on is the model's and its training's."""
+    import peft  # noqa: F401 - and with it transformers
+    import transformers.modeling_utils  # noqa: F401
+
+    if recipe.is_4bit:
+        import bitsandbytes  # noqa: F401
+
+
+def build_engine(prepared: Prepared, device: torch.device, on_event: OnEvent) -> Engine:
+    """The engine of a run before its first step.
+
+    Raises:
+        ContentError: the model's weights are not what its config says, or it mixes packed documents.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    recipe = prepared.recipe
+    dtype = choose_dtype(recipe.model.dtype, device)
+    on_event(Stage("load", f"{str(dtype).removeprefix('torch.')} on {device.type}"))
+    built = build_model(recipe, prepared.files, dtype=dtype, device=device, new_tokens=prepared.new_tokens)
+    if device.type == "cpu":
+        release_between_blocks(built.model)
+    counts = count_parameters(built.model)
+    on_event(Stage("parameters", f"{counts.trainable:,} of {counts.total:,} are trained"))
+    mixed_precision = choose_mixed_precision(dtype, trains_base_weights=built.trains_base_weights)
+    AcceleratorState._reset_state()  # or a second run in this process could not choose another precision
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
+    optimizer = build_optimizer(built.model, recipe.train)
+    wrapped_model, wrapped_optimizer = accelerator.prepare(built.model, optimizer)
+    if recipe.puts_documents_together:
+        with accelerator.autocast():
+            check_documents_apart(built.model)
+    return Engine(built, optimizer, accelerator, wrapped_model, wrapped_optimizer)
+
+
+def choose_mixed_precision(dtype: torch.dtype, *, trains_base_weights: bool) -> str:
+    """What accelerate casts: weights of the base that are trained stay in float32 and need autocast.
+
+    LoRA on bfloat16 needs none: PEFT keeps its own weights in float32 and casts around them. float16 always
+    needs the loss scaler that comes with it.
+    """
+    if dtype is torch.float16:
+        return "fp16"
+    return "bf16" if trains_base_weights and dtype is torch.bfloat16 else "no"
