@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
@@ -16,7 +15,8 @@ from typer.exceptions import Abort, TyperException
 
 from ftcli import __version__
 from ftcli.cli import chat, console, env, inspect, recipe, tokenize, train
-from ftcli.errors import DiskError, FtcliError, Stopped, UsageError, explain_stop
+from ftcli.errors import DiskError, FtcliError, Interrupted, Stopped, UsageError, explain_stop
+from ftcli.train.stop import received, stop_at_once
 
 
 class ErrorGroup(TyperGroup):
@@ -51,6 +51,10 @@ class ErrorGroup(TyperGroup):
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer is lost too
             raise DiskError("the output cannot be written: the disk is full") from error
+        except Exception as error:
+            if received and not isinstance(error, Interrupted):  # a library's word for our Stopped
+                raise explain_stop(Stopped(received[0])) from None
+            raise
         return result
 
     def _show_usage(self, error: Any, words: Sequence[str]) -> int:
@@ -100,9 +104,5 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that are no text
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, _stop)
+    stop_at_once()
     app()
-
-
-def _stop(number: int, frame: object) -> None:
-    raise Stopped(number)

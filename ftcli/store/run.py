@@ -8,6 +8,7 @@ runs/NAME/
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -82,6 +83,10 @@ class RunFolder:
         except (OSError, ValueError):
             return False
         return isinstance(entry, dict) and "schema" in entry and entry.get("state") in STATES
+
+    def is_damaged(self) -> bool:
+        """Whether ftcli made this folder, but its manifest is gone or cannot be read."""
+        return not self.holds_run() and (self.path / _LOCK).is_file() and self.recipe.is_file()
 
 
 def read_manifest(run: RunFolder) -> dict[str, Any]:
@@ -266,19 +271,27 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
             raise
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; an incomplete last line (a run was killed while writing) is left out."""
+def read_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """The objects of a JSONL file that have all ``keys``; a torn last line (a run was killed) is left out."""
     if not path.exists():
         return []
     values = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: an answer may hold U+2028
-        with suppress(ValueError):
-            values.append(json.loads(line))
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # an answer may hold U+2028
+        with suppress(ValueError, RecursionError):
+            value = json.loads(line)
+            if isinstance(value, dict) and all(key in value for key in keys) and isinstance(value.get("step", 0), int):
+                values.append(value)
     return values
+
+
+def hash_lines(path: Path, last_step: int) -> str:
+    """A hash of the objects in a JSONL file up to optimizer step ``last_step``."""
+    kept = [entry for entry in read_lines(path, "step") if entry["step"] <= last_step]
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
 
 def cut_lines(path: Path, last_step: int) -> None:
     """Nothing; lines of ``path`` after optimizer step ``last_step`` are gone, for a run that resumes there."""
     if path.exists():
-        kept = [entry for entry in read_lines(path) if entry.get("step", 0) <= last_step]
+        kept = [entry for entry in read_lines(path, "step") if entry["step"] <= last_step]
         write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept))

@@ -3,7 +3,7 @@
     checkpoints/step-000200/
         weights.safetensors     every trained parameter, by name
         optimizer.safetensors   its moments, as NAME::exp_avg …
-        state.json              step, loss scale
+        state.json              step, loss scale, hashes of the records up to here
         manifest.json           sha256 and size of the files above, written last
 
 Learning rate, data order and dropout follow from the recipe and the step, so they are not stored.
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from ftcli.errors import ContentError, NumericError, UsageError
 from ftcli.store.file import describe_files, hash_file, remove_folder, staged_folder, write_json
-from ftcli.store.run import RunFolder
+from ftcli.store.run import RunFolder, hash_lines
 from ftcli.train.optim import list_trained
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -52,7 +52,8 @@ def save_checkpoint(
 ) -> Path:
     """The folder of the checkpoint after optimizer step ``step``, on the disk whole.
 
-    ``origin`` says which runs it belongs to; only those will load it.
+    ``origin`` says which run it belongs to; only that one will load it. It also holds a hash of what the run has
+    recorded so far.
 
     Raises:
         NumericError: a weight is not finite; nothing was written.
@@ -68,9 +69,22 @@ def save_checkpoint(
         save_file(moments, folder / "optimizer.safetensors")
         loss_scale = scaler.state_dict() if scaler else None
         state = {"schema": _SCHEMA, "step": step, "origin": origin, "loss_scale": loss_scale}
+        state["records"] = hash_records(run, step)
         write_json(folder / "state.json", state)
         write_json(folder / "manifest.json", {"schema": _SCHEMA, "files": describe_files(folder)})
     return final
+
+
+def hash_records(run: RunFolder, step: int) -> dict[str, str]:
+    """Name → hash of the lines of ``run`` that stand before its checkpoint after ``step`` is made."""
+    return {run.metrics.name: hash_lines(run.metrics, step), run.eval.name: hash_lines(run.eval, step - 1)}
+
+
+def list_changed_records(checkpoint: Checkpoint, run: RunFolder) -> list[str]:
+    """The names of the files whose lines are not those that were there when ``checkpoint`` was made."""
+    state = json.loads((checkpoint.path / "state.json").read_text(encoding="utf-8"))
+    now = hash_records(run, checkpoint.step)
+    return [name for name, value in state["records"].items() if now[name] != value]
 
 
 def check_finite_weights(weights: Mapping[str, torch.Tensor], step: int) -> None:

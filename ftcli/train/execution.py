@@ -21,7 +21,6 @@ from ftcli.store.run import (
     cut_lines,
     discard_replaced,
     now_text,
-    read_lines,
     read_manifest,
     seal_manifest,
     update_manifest,
@@ -31,6 +30,7 @@ from ftcli.train.best import find_best
 from ftcli.train.checkpoint import (
     Checkpoint,
     find_path,
+    list_changed_records,
     load_checkpoint,
     load_weights,
     read_checkpoint,
@@ -155,10 +155,8 @@ class Execution:
             self.on_event(Notice(f"{path} is not on the way from step {self.step}: removed"))
         for path in (self.run.metrics, self.run.timing, self.run.eval, self.run.samples / "prompts.jsonl"):
             cut_lines(path, self.step if checkpoint else -1)
-        known = {entry["step"] for entry in read_lines(self.run.metrics)}
-        if lost := [str(step) for step in range(1, self.step + 1) if step not in known]:
-            steps = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
-            self.on_event(Notice(f"{self.run.metrics} is damaged: it has no line for step {steps}"))
+        for name in list_changed_records(checkpoint, self.run) if checkpoint else ():
+            self.on_event(Notice(f"{self.run.path / name} is damaged: its lines are not those that the run wrote"))
 
     def _rehearse(self) -> None:
         """Nothing; the largest batches fit, and so will a checkpoint and the artifact."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
-from ftcli.errors import MemoryExhausted, UsageError
+from ftcli.errors import ContentError, MemoryExhausted, UsageError
 from ftcli.events import Notice, OnEvent, ignore_event
 from ftcli.model.base import is_memory_error
 from ftcli.recipe import LoadedRecipe, load_recipe
@@ -97,12 +98,14 @@ def _go_on(
     command: str,
 ) -> None:
     """Nothing; the run folder holds the finished run, which went on from a checkpoint, or from its beginning."""
+    if run.is_damaged():
+        raise _explain_damage(run)
     if not run.holds_run():
         raise UsageError(
             "nothing to resume: there is no run in output_dir", where=str(run.path), hint="train without --resume"
         )
     with locked(run):
-        manifest = read_manifest(run)
+        manifest = _read_start(run)
         checkpoint = _choose_checkpoint(run, resume_from, on_event)
         changes = check_changes(run, loaded, next_step=checkpoint.step + 1 if checkpoint else 1)
         is_finished = manifest["state"] == "finished" and resume_from is None
@@ -139,7 +142,7 @@ def check_vacant(run: RunFolder, *, overwrite: bool) -> None:
     """
     if run.path.exists() and not run.path.is_dir():
         raise UsageError("output_dir is a file", where=str(run.path), hint="choose another output_dir")
-    if run.holds_run():
+    if run.holds_run() or run.is_damaged():
         if not overwrite:
             raise UsageError(
                 "output_dir holds a run already",
@@ -152,6 +155,31 @@ def check_vacant(run: RunFolder, *, overwrite: bool) -> None:
             where=str(run.path),
             hint="choose another output_dir",
         )
+
+
+def _read_start(run: RunFolder) -> dict[str, Any]:
+    """The manifest of a run that was begun.
+
+    Raises:
+        ContentError: it lacks something that it was begun with.
+    """
+    manifest = read_manifest(run)
+    base = manifest.get("base")
+    needed = ("started_at", "tokenizer_sha256", "template_sha256", "data_sha256")
+    if not isinstance(base, dict) or not {"id", "revision", "fingerprint"} <= base.keys():
+        raise _explain_damage(run)
+    if any(not isinstance(manifest.get(key), str) for key in needed if key != "template_sha256" or manifest.get(key)):
+        raise _explain_damage(run)
+    return manifest
+
+
+def _explain_damage(run: RunFolder) -> ContentError:
+    return ContentError(
+        "manifest.json is missing or damaged",
+        where=str(run.path),
+        why="without it checkpoints cannot be told from those of another run",
+        hint="restore the file, or start anew with --overwrite",
+    )
 
 
 def check_changes(run: RunFolder, loaded: LoadedRecipe, *, next_step: int) -> list[Change]:

@@ -9,6 +9,20 @@ from typing import Any
 
 from ftcli.errors import Stopped, explain_stop
 
+received: list[int] = []  # the signals that were to end the work at once
+
+
+def stop_at_once() -> None:
+    """Nothing; from now on SIGTERM and SIGINT raise ``Stopped``, wherever they come, and are ``received``."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # else it is ignored
+            signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    received.append(number)
+    raise Stopped(number)
+
 
 class StopRequest:
     """A block in which the first signal raises ``Stopped``, or after ``hold`` waits to be polled with ``check``.
@@ -22,6 +36,8 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
+        if received:  # by a library that was being imported, and went on
+            raise explain_stop(Stopped(received[0]))
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 # nohup ignores SIGHUP on purpose; a shell that ignores SIGINT for its background jobs does not
@@ -36,6 +52,8 @@ class StopRequest:
             signal.signal(number, handler)
         if isinstance(error, KeyboardInterrupt):
             raise explain_stop(error) from None
+        if error is not None and self.signal_number and not self.is_held:  # a library's word for our Stopped
+            raise explain_stop(Stopped(self.signal_number)) from None
 
     def hold(self) -> None:
         """Nothing; from now on the first signal waits for ``check``."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ftcli.errors import ContentError, DiskError, FtcliError, Interrupted
+from ftcli.errors import ContentError, DiskError, FtcliError, Interrupted, UsageError
 from ftcli.events import EvalDone, Event, Notice, Progress, Sampled, Saved, Stage, StepDone
 from ftcli.store import run as store_run
 from ftcli.store.file import free_bytes
@@ -264,7 +264,8 @@ def test_resume_goes_back_to_the_checkpoint_before_a_damaged_one(write_recipe: A
     assert [entry["step"] for entry in read_lines(run.metrics)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_damaged_line_of_the_record_is_told_on_resumption(write_recipe: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("harm", ["a key", "a digit"])
+def test_a_damaged_line_of_the_record_is_told_on_resumption(write_recipe: Any, tmp_path: Path, harm: str) -> None:
     path = write_recipe()
 
     def on_event(event: Event) -> None:
@@ -274,7 +275,30 @@ def test_a_damaged_line_of_the_record_is_told_on_resumption(write_recipe: Any, t
     with pytest.raises(Interrupted):
         train(path, on_event=on_event)
     run = RunFolder(tmp_path / "run")
-    run.metrics.write_text(run.metrics.read_text().replace('{"step": 2', '{"stop'))
+    text = run.metrics.read_text()
+    run.metrics.write_text(text.replace('{"step": 2', '{"stop') if harm == "a key" else text.replace("7", "8", 1))
     notices: list[str] = []
     train(path, resume=True, on_event=lambda e: notices.append(e.text) if isinstance(e, Notice) else None)
-    assert f"{run.metrics} is damaged: it has no line for step 2" in notices
+    assert f"{run.metrics} is damaged: its lines are not those that the run wrote" in notices
+
+
+@pytest.mark.parametrize("harm", ["gone", "no JSON", "no base", "no start"])
+def test_a_damaged_manifest_is_named_and_can_be_replaced(write_recipe: Any, tmp_path: Path, harm: str) -> None:
+    path, run = write_recipe(), RunFolder(tmp_path / "run")
+    with pytest.raises(Interrupted):
+        train(path, overrides=("train.max_steps=2",), on_event=lambda e: os.kill(os.getpid(), signal.SIGTERM))
+    assert not run.path.exists()
+    train(path, overrides=("train.max_steps=2",))
+    manifest = read_manifest(run)
+    if harm == "gone":
+        run.manifest.unlink()
+    elif harm == "no JSON":
+        run.manifest.write_text(run.manifest.read_text()[:-20])
+    else:
+        manifest.pop("base" if harm == "no base" else "started_at")
+        run.manifest.write_text(json.dumps(manifest))
+    with pytest.raises(ContentError, match=r"manifest\.json is missing or damaged"):
+        train(path, resume=True)
+    with pytest.raises(UsageError, match="holds a run already"):
+        train(path)
+    assert read_manifest(train(path, overwrite=True))["state"] == "finished"
