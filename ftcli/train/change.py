@@ -45,10 +45,17 @@ _EFFECTS: dict[str, tuple[Kind, str]] = {
     "train.gradient_checkpointing": ("rounding", _ROUNDING),
     "train.seed": ("foreign", _ROWS),
     "eval": ("same", "the steps stay the same; measurements from here on are made as it says"),
+    "eval.metric": ("course", "another step may be the best one"),
+    "eval.early_stopping_patience": ("course", "the run may end at another step"),
     "eval.datasets": ("foreign", "measurements before and after could not be compared"),
     "checkpoint": ("same", "the steps stay the same"),
+    "checkpoint.load_best_model_at_end": ("course", "the artifact may be of another step"),
     "output_dir": ("same", "the steps stay the same"),
 }
+
+
+# what gives a finished run another artifact without another step
+CHOOSES_ARTIFACT = ("eval.metric", "checkpoint.load_best_model_at_end")
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 
 from ftcli.data.batch import build_batch
@@ -23,26 +25,23 @@ def find_largest(recipe: Recipe, documents: Documents, plan: Plan) -> list[Group
     Without packing an epoch may put its longest rows side by side where another does not, so all are looked at;
     packs are as full in one epoch as in the next.
     """
-    lengths, targets = documents.lengths, documents.count_targets().tolist()
-    measures: tuple[Callable[[Group], int], ...] = (
-        lambda group: sum(lengths[i] for i in group),
-        lambda group: sum(targets[i] for i in group),
-        lambda group: max(lengths[i] for i in group),
+    lengths, targets = np.array(documents.lengths), documents.count_targets()
+    batches = list(_list_batches(recipe, documents, plan))
+    members = np.fromiter(chain.from_iterable(batches), dtype=np.int64)
+    starts = np.concatenate(([0], np.cumsum([len(batch) for batch in batches])[:-1]))
+    sizes = (
+        np.add.reduceat(lengths[members], starts),
+        np.add.reduceat(targets[members], starts),
+        np.maximum.reduceat(lengths[members], starts),
     )
-    best: list[Group] = [()] * len(measures)
-    sizes = [-1] * len(measures)
-    for group in _list_batches(recipe, documents, plan):
-        for k, measure in enumerate(measures):
-            if (size := measure(group)) > sizes[k]:
-                best[k], sizes[k] = group, size
-    return list(dict.fromkeys(best))
+    return list(dict.fromkeys(batches[int(size.argmax())] for size in sizes))
 
 
 def _list_batches(recipe: Recipe, documents: Documents, plan: Plan) -> Iterator[Group]:
     n_left = plan.total_steps
     for epoch, n_steps in enumerate(plan.epoch_steps if not recipe.data.packing else plan.epoch_steps[:1]):
         steps = plan_steps(recipe, documents, epoch=epoch) if epoch else plan.first_epoch
-        yield from (batch for step in steps[:n_left] for batch in step)
+        yield from chain.from_iterable(steps[:n_left])
         n_left -= n_steps
 
 

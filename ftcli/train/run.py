@@ -17,7 +17,7 @@ from ftcli.events import Notice, OnEvent, ignore_event
 from ftcli.model.base import is_memory_error
 from ftcli.recipe import LoadedRecipe, load_recipe
 from ftcli.store.run import RunFolder, locked, read_lines, read_manifest, recover, restore_replaced, set_aside
-from ftcli.train.change import Change, list_changes
+from ftcli.train.change import CHOOSES_ARTIFACT, Change, list_changes
 from ftcli.train.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
 from ftcli.train.execution import Execution
 from ftcli.train.forecast import forecast_run
@@ -122,7 +122,8 @@ def _go_on(
         )
         check_inputs(run, prepared.inputs)
         made = checkpoint.step if checkpoint else 0
-        if made > prepared.plan.total_steps or (is_finished and made == prepared.plan.total_steps):
+        is_done = is_finished and not any(change.key in CHOOSES_ARTIFACT for change in changes)
+        if made > prepared.plan.total_steps or (is_done and made == prepared.plan.total_steps):
             raise UsageError(
                 f"nothing to resume: {made} steps are made, and the recipe asks for {prepared.plan.total_steps}",
                 where=str(run.path),

@@ -85,6 +85,12 @@ def test_early_stopping_ends_a_finished_run_with_the_best(write_recipe: Any, mon
     notices, on_event = collect(Notice)
     train(path, resume=True, on_event=on_event)
     assert [n.text for n in notices] == [f"{run.path} is finished: nothing is left to train"]
+    last = ("eval.early_stopping_patience=2", "checkpoint.load_best_model_at_end=false")
+    train(path, overrides=last, resume=True)
+    assert read_manifest(run)["artifact_step"] == 4
+    train(path, overrides=("eval.early_stopping_patience=null",), resume=True)
+    assert [entry["step"] for entry in read_lines(run.metrics)] == [1, 2, 3, 4, 5, 6]
+    assert read_manifest(run)["best"]["step"] == 5
 
 
 def test_the_best_is_of_the_metric_that_was_asked_for(tmp_path: Path) -> None:
