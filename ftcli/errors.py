@@ -113,6 +113,16 @@ class MemoryExhausted(FtcliError):
     code = "memory"
 
 
+# what libraries say when memory runs out, in errors that have no type of their own for it
+MEMORY_WORDS = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+    "CUDA out of memory",
+    "failed to map segment",
+)
+
+
 class VerificationFailed(FtcliError):
     """An artifact was written but is not the model it was made from."""
 

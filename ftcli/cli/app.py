@@ -15,8 +15,17 @@ from typer.exceptions import Abort, TyperException
 
 from ftcli import __version__
 from ftcli.cli import chat, console, env, inspect, recipe, tokenize, train
-from ftcli.errors import DiskError, FtcliError, Interrupted, Stopped, UsageError, explain_stop
-from ftcli.train.stop import received, stop_at_once
+from ftcli.errors import (
+    MEMORY_WORDS,
+    DiskError,
+    FtcliError,
+    Interrupted,
+    MemoryExhausted,
+    Stopped,
+    UsageError,
+    explain_stop,
+)
+from ftcli.train.stop import received
 
 
 class ErrorGroup(TyperGroup):
@@ -25,15 +34,19 @@ class ErrorGroup(TyperGroup):
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
         extra["standalone_mode"] = False
         words = list(sys.argv[1:] if args is None else args)
+        is_told = False
         try:
             code = super().main(words, *rest, **extra)
         except FtcliError as error:
             code = console.show_error(error, as_json="--json" in words)
-        except (KeyboardInterrupt, Abort) as error:
-            stop = error if isinstance(error, KeyboardInterrupt) else KeyboardInterrupt()
-            code = console.show_error(explain_stop(stop), as_json="--json" in words)
+            is_told = True
+        except (KeyboardInterrupt, Abort):
+            code = 130
         except TyperException as error:
-            code = self._show_usage(error, words)
+            code, is_told = self._show_usage(error, words), True
+        if code == 130 and not is_told:  # typer's word for a signal
+            stop = Stopped(received[0]) if received else KeyboardInterrupt()
+            code = console.show_error(explain_stop(stop), as_json="--json" in words)
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
@@ -54,6 +67,10 @@ class ErrorGroup(TyperGroup):
         except Exception as error:
             if received and not isinstance(error, Interrupted):  # a library's word for our Stopped
                 raise explain_stop(Stopped(received[0])) from None
+            if isinstance(error, FtcliError):
+                raise
+            if isinstance(error, MemoryError) or any(words in str(error) for words in MEMORY_WORDS):
+                raise _explain_memory(error) from error
             raise
         return result
 
@@ -66,6 +83,14 @@ class ErrorGroup(TyperGroup):
         text = error.format_message() if hasattr(error, "format_message") else str(error)
         text = text[:1].lower() + text[1:].rstrip(".")
         return console.show_error(UsageError(text, hint=f"see {command} --help"), as_json="--json" in words)
+
+
+def _explain_memory(error: Exception) -> MemoryExhausted:
+    return MemoryExhausted(
+        "out of memory",
+        why=str(error).partition("\n")[0],
+        hint="raise the limit (ulimit -v, the container's), or end what else runs here",
+    )
 
 
 def show_version(wanted: bool) -> None:
@@ -104,5 +129,4 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that are no text
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    stop_at_once()
     app()

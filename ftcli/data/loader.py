@@ -25,6 +25,7 @@ from ftcli.errors import ContentError, Problem, UsageError
 from ftcli.recipe import DataSection, DatasetSection, RowsSection
 
 _PLACES_SHOWN = 5
+_LONGEST_NAME = 100  # of a held-out set; files are named after it
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ def load_split(
 
 def _name_set(section: RowsSection, names: Sequence[str]) -> str:
     """A name for a held-out set that no other has: its file's, and a number if need be."""
-    stem = name = section.path.rstrip("/").rpartition("/")[2].partition(".")[0] or "eval"
+    stem = name = section.path.rstrip("/").rpartition("/")[2].partition(".")[0][:_LONGEST_NAME] or "eval"
     number = 1
     while name in names:
         number += 1

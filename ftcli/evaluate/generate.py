@@ -38,11 +38,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """The share of right answers, from 0 to 1 (None if there was no question), and every answer."""
+    """The share of right answers, from 0 to 1 (None if there was no question), and every answer.
+
+    ``n_timed_out`` answers count as wrong because an expression took too long on them.
+    """
 
     metric: str
     score: float | None
     answers: tuple[Answer, ...]
+    n_timed_out: int = 0
 
 
 @torch.no_grad()
@@ -149,7 +153,7 @@ def score_examples(
     """
     asked = [example for example in examples if has_reference(example)]
     prompts = [renderer.render_prompt(e.messages[:-1], e.tools) for e in asked]
-    _check_context(model, prompts, max_new_tokens)
+    check_context(model.config, prompts, max_new_tokens)
     order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))  # alike lengths waste the least padding
     texts: dict[int, str] = {}
     for start in range(0, len(order), batch_rows):
@@ -159,13 +163,18 @@ def score_examples(
         texts.update(zip(group, answers, strict=True))
         on_progress(len(texts), len(order))
     is_right = build_score(metric, pattern)
-    rows = []
+    rows, n_timed_out = [], 0
     for i, example in enumerate(asked):
+        check_stop()
         question = next((m.content or "" for m in reversed(example.messages[:-1]) if m.role == "user"), "")
         reference = example.messages[-1].content or ""
-        rows.append(Answer(question, reference, texts[i], is_right(texts[i], reference)))
+        try:
+            rows.append(Answer(question, reference, texts[i], is_right(texts[i], reference)))
+        except TimeoutError:
+            n_timed_out += 1
+            rows.append(Answer(question, reference, texts[i], is_right=False))
     n_right = sum(row.is_right for row in rows)
-    return ScoreReport(metric, n_right / len(rows) if rows else None, tuple(rows))
+    return ScoreReport(metric, n_right / len(rows) if rows else None, tuple(rows), n_timed_out)
 
 
 def has_reference(example: Example) -> bool:
@@ -180,8 +189,13 @@ def find_unfit(examples: Sequence[Example], metric: str, pattern: str | None = N
     return [Problem(what, example.place) for example, what in found if what]
 
 
-def _check_context(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def check_context(config: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """None if the longest of ``prompts`` (ids) and its answer fit the context of the model of this config.
+
+    Raises:
+        UsageError: they do not.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, prompts), default=0)
     if context and longest + max_new_tokens > context:
         raise UsageError(

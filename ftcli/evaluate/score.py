@@ -40,6 +40,9 @@ def score_regex(answer: str, reference: str, pattern: str | None = None) -> bool
     """Whether ``pattern`` finds the same in both texts: its groups, or the whole match; the first one counts.
 
     Without a pattern ``reference`` itself is one, and the question is whether ``answer`` holds it.
+
+    Raises:
+        TimeoutError: an expression that takes more than a second.
     """
     if pattern is None:
         return _search(reference.strip(), answer) is not None
@@ -50,17 +53,25 @@ def score_regex(answer: str, reference: str, pattern: str | None = None) -> bool
 
 
 def _search(pattern: str, text: str) -> Any:
-    """The first match; none where that takes longer than a second, as nested repetitions can."""
+    """The first match; None where there is none, or the pattern is none.
+
+    Raises:
+        TimeoutError: it took longer than a second, as nested repetitions can.
+    """
     try:
         return regex.search(pattern, text, timeout=_MOST_SECONDS)
-    except TimeoutError:
+    except regex.error:
         return None
 
 
 def check_reference(reference: str, metric: str, pattern: str | None = None) -> str:
     """What is wrong with a row's reference for this score, in words; empty if nothing is."""
-    if metric == "regex" and pattern is not None and not _search(pattern, reference):
-        return "eval.regex finds nothing in the row's answer, so no answer could be right"
+    if metric == "regex" and pattern is not None:
+        try:
+            if not _search(pattern, reference):
+                return "eval.regex finds nothing in the row's answer, so no answer could be right"
+        except TimeoutError:
+            return "eval.regex takes more than a second on the row's answer"
     if metric == "regex" and pattern is None:
         try:
             regex.compile(reference.strip())

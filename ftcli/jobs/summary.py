@@ -8,6 +8,9 @@ from typing import Any
 
 from ftcli.errors import ContentError
 from ftcli.store.run import RunFolder, read_lines, read_manifest
+from ftcli.train.best import read_evals
+
+_ANSWER = ("question", "reference", "text", "is_right")
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ def summarize_run(run: RunFolder) -> RunSummary:
         ContentError: it is no run folder.
     """
     manifest = read_manifest(run)
-    metrics, timing = read_lines(run.metrics), read_lines(run.timing)
+    metrics = read_lines(run.metrics, "step", "epoch", "loss", "n_target_tokens")
+    timing = read_lines(run.timing, "step", "seconds")
     measured = manifest.get("measured") or {}
     is_finished = manifest.get("state") == "finished"
     evals, samples = _summarize_evals(run, manifest.get("artifact_step"))
@@ -129,7 +133,7 @@ def summarize_run(run: RunFolder) -> RunSummary:
 def _summarize_evals(
     run: RunFolder, artifact_step: int | None
 ) -> tuple[tuple[EvalSummary, ...], tuple[SampleChange, ...]]:
-    entries = read_lines(run.eval)
+    entries = read_evals(run)
     evals, samples = [], []
     metric = _read_metric(run)
     for name in dict.fromkeys(entry["dataset"] for entry in entries):
@@ -137,8 +141,8 @@ def _summarize_evals(
         first, last = own[0], next((entry for entry in own if entry["step"] == artifact_step), own[-1])
         before = first if first["step"] == 0 else None
         after = last if last["step"] > 0 else None
-        answers = read_lines(run.path / "samples" / f"{name}-{last['step']:06d}.jsonl")
-        earlier = read_lines(run.path / "samples" / f"{name}-000000.jsonl")
+        answers = read_lines(run.path / "samples" / f"{name}-{last['step']:06d}.jsonl", *_ANSWER)
+        earlier = read_lines(run.path / "samples" / f"{name}-000000.jsonl", *_ANSWER)
         evals.append(
             EvalSummary(
                 dataset=name,

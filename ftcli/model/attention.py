@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ftcli.errors import ContentError
+from ftcli.errors import ContentError, NumericError
 
 _PROBE_TOKENS = 6
 
@@ -25,6 +25,7 @@ def check_documents_apart(model: Any) -> None:
 
     Raises:
         ContentError: the model mixes packed documents.
+        NumericError: its logits are NaN or infinite.
     """
     was_training = model.training
     model.eval()
@@ -40,6 +41,12 @@ def check_documents_apart(model: Any) -> None:
         .float()
     )
     model.train(was_training)
+    if not torch.isfinite(alone).all():
+        raise NumericError(
+            "the model's logits are not finite before the first step",
+            where=str(model.config.model_type),
+            hint="its weights are damaged, or overflow in this dtype: set model.dtype, or take another copy",
+        )
     error = (together - alone).abs().max() / alone.std().clamp(min=1e-6)
     if not error < 0.25:
         raise ContentError(

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ftcli.errors import ContentError, FtcliError, UsageError
+from ftcli.errors import MEMORY_WORDS, ContentError, FtcliError, UsageError
 from ftcli.recipe import ModelSection, QuantizationSection
 from ftcli.store.gguf_header import read_gguf_header
 from ftcli.store.target import ModelFiles
@@ -54,8 +54,7 @@ def is_memory_error(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    words = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "CUDA out of memory")
-    return any(text in str(error) for text in words)
+    return any(words in str(error) for words in MEMORY_WORDS)
 
 
 def build_skeleton(files: ModelFiles, model: ModelSection) -> nn.Module:

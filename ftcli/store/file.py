@@ -28,10 +28,11 @@ def write_text(path: Path, text: str) -> None:
         DiskError: the disk is full or the path may not be written.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with disk_errors(path):
+    data = text.encode("utf-8")
+    with disk_errors(path, len(data)):
         try:
-            with temporary.open("w", encoding="utf-8") as stream:
-                stream.write(text)
+            with temporary.open("wb") as stream:
+                stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.replace(path)
@@ -91,6 +92,16 @@ def staged_folder(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Nothing; ``folder`` is there.
+
+    Raises:
+        DiskError: it cannot be made.
+    """
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+
+
 def replace_folder(source: Path, final: Path) -> None:
     """Nothing; ``source`` now bears the name ``final``, and what bore it before is gone."""
     old = final.with_name(f".{final.name}.old-{os.getpid()}")
@@ -98,8 +109,10 @@ def replace_folder(source: Path, final: Path) -> None:
         final.rename(old)
     source.rename(final)
     sync_folder(final.parent)
-    if old.exists():
+    if old.is_dir():
         shutil.rmtree(old)
+    else:
+        old.unlink(missing_ok=True)
 
 
 def remove_folder(folder: Path) -> None:

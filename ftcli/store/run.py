@@ -60,6 +60,11 @@ class RunFolder:
         return self.path / "samples"
 
     @property
+    def prompts(self) -> Path:
+        """The answers to ``eval.sample_prompts``."""
+        return self.samples / "prompts.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -83,6 +88,12 @@ class RunFolder:
         except (OSError, ValueError):
             return False
         return isinstance(entry, dict) and "schema" in entry and entry.get("state") in STATES
+
+    def holds_results(self) -> bool:
+        """Whether a step was made here, or something trained lies here."""
+        folders = (self.checkpoints, self.adapter, self.model)
+        has_steps = self.metrics.is_file() and self.metrics.stat().st_size > 0
+        return has_steps or any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
 
     def is_damaged(self) -> bool:
         """Whether ftcli made this folder, but its manifest is gone or cannot be read."""
@@ -275,6 +286,8 @@ def read_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
     """The objects of a JSONL file that have all ``keys``; a torn last line (a run was killed) is left out."""
     if not path.exists():
         return []
+    if not path.is_file():
+        raise ContentError("is no file", where=str(path), hint="move it away; what the run records there begins anew")
     values = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # an answer may hold U+2028
         with suppress(ValueError, RecursionError):

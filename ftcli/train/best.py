@@ -13,7 +13,7 @@ from typing import Any
 
 from ftcli.errors import UsageError
 from ftcli.recipe import EvalSection
-from ftcli.store.run import RunFolder, read_lines
+from ftcli.store.run import RunFolder, read_lines, read_manifest
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,36 @@ def check_metric(section: EvalSection, names: Sequence[str]) -> None:
         )
 
 
+def read_evals(run: RunFolder) -> list[dict[str, Any]]:
+    """The lines of ``eval.jsonl`` that are what a run writes there."""
+    entries = read_lines(run.eval, "step", "dataset", "loss", "score")
+    return [e for e in entries if isinstance(e["loss"], float) and isinstance(e["score"], float | None)]
+
+
 def find_best(run: RunFolder, section: EvalSection | None) -> Best | None:
-    """The best of the steps that were measured; the earlier one of two that are equal."""
+    """The best of the steps that were measured; the earlier one of two that are equal.
+
+    A best step whose line in ``eval.jsonl`` was lost is the one that the manifest names.
+    """
     if section is None:
         return None
     by_step: dict[int, list[dict[str, Any]]] = {}
-    for entry in read_lines(run.eval):
+    for entry in read_evals(run):
         if entry["step"] > 0:
             by_step.setdefault(entry["step"], []).append(entry)
     name, _, key = section.metric.rpartition(".")
-    sign = 1 if key == "loss" else -1
-    best: Best | None = None
-    for step, entries in sorted(by_step.items()):
-        values = [entry[key] for entry in entries if name in ("", entry["dataset"]) and entry[key] is not None]
-        value = fmean(values) if values else math.nan
-        if not math.isnan(value) and (best is None or sign * value < sign * best.value):
-            best = Best(step, section.metric, value, 0)
-        elif best:
-            best = Best(best.step, best.metric, best.value, best.n_since + 1)
-    return best
+    values = {step: _take_mean(entries, name, key) for step, entries in sorted(by_step.items())}
+    recorded = read_manifest(run).get("best") if run.manifest.exists() else None
+    if recorded and recorded["metric"] == section.metric:
+        values.setdefault(recorded["step"], recorded["value"])
+    known = {step: value for step, value in values.items() if value is not None}
+    if not known:
+        return None
+    choose = min if key == "loss" else max
+    best = choose(sorted(known), key=lambda step: known[step])
+    return Best(best, section.metric, known[best], sum(step > best for step in values))
+
+
+def _take_mean(entries: Sequence[dict[str, Any]], name: str, key: str) -> float | None:
+    found = [entry[key] for entry in entries if name in ("", entry["dataset"]) and entry[key] is not None]
+    return fmean(found) if found and all(map(math.isfinite, found)) else None

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ftcli.recipe import Recipe, compare_recipes
+from ftcli.recipe.schema import EXCLUSIVE
 
 Kind = Literal["same", "rounding", "course", "foreign"]
 
+_LONGEST = 80  # characters of a value that are shown
 _BATCH = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 _ROWS = "steps would see other rows, some of an epoch twice and others never"
 _CURVE = "the learning rate follows the new curve from step {step} on"
@@ -69,7 +71,8 @@ class Change:
     effect: str
 
     def __str__(self) -> str:
-        return f"{self.key} was {self.old!r}, now {self.new!r}: {self.effect}"
+        old, new = (f"{text[:_LONGEST]} …" if len(text := repr(v)) > _LONGEST else text for v in (self.old, self.new))
+        return f"{self.key} was {old}, now {new}: {self.effect}"
 
 
 def list_changes(before: Recipe, now: Recipe, *, next_step: int) -> list[Change]:
@@ -80,10 +83,17 @@ def list_changes(before: Recipe, now: Recipe, *, next_step: int) -> list[Change]
         kind, effect = find_effect(key)
         if key == "eval" and any(section and section["datasets"] for section in (old, new)):
             kind, effect = find_effect("eval.datasets")
+        if any(key == other and _has(before, one) for one, other in EXCLUSIVE.items()):
+            old = None  # another key stood in its place
         if key in _BATCH and keeps_rows:
             kind, effect = "rounding", f"steps have the same rows, in portions of another size: {_ROUNDING}"
         changes.append(Change(key, old, new, kind, effect.format(step=next_step)))
     return changes
+
+
+def _has(recipe: Recipe, key: str) -> bool:
+    section, _, leaf = key.partition(".")
+    return getattr(getattr(recipe, section), leaf) is not None
 
 
 def find_effect(key: str) -> tuple[Kind, str]:

@@ -59,7 +59,7 @@ def save_checkpoint(
         NumericError: a weight is not finite; nothing was written.
         DiskError: it could not be written; earlier checkpoints are intact.
     """
-    final = run.checkpoints / f"step-{step:06d}"
+    final = name_path(run, step)
     weights = {name: p.detach().cpu().contiguous() for name, p in list_trained(model)}
     check_finite_weights(weights, step)
     moments = _gather_moments(model, optimizer)
@@ -77,7 +77,8 @@ def save_checkpoint(
 
 def hash_records(run: RunFolder, step: int) -> dict[str, str]:
     """Name → hash of the lines of ``run`` that stand before its checkpoint after ``step`` is made."""
-    return {run.metrics.name: hash_lines(run.metrics, step), run.eval.name: hash_lines(run.eval, step - 1)}
+    records = {run.metrics: step, run.timing: step, run.eval: step - 1, run.prompts: step - 1}
+    return {str(path.relative_to(run.path)): hash_lines(path, last_step) for path, last_step in records.items()}
 
 
 def list_changed_records(checkpoint: Checkpoint, run: RunFolder) -> list[str]:
@@ -105,7 +106,7 @@ def check_finite_weights(weights: Mapping[str, torch.Tensor], step: int) -> None
 def rotate_checkpoints(run: RunFolder, limit: int, *, best_step: int | None = None) -> None:
     """Nothing; only the newest ``limit`` checkpoints and the best one remain."""
     for path in list_checkpoints(run)[limit:]:
-        if path != find_path(run, best_step):
+        if best_step is None or path != name_path(run, best_step):
             remove_folder(path)
 
 
@@ -117,10 +118,9 @@ def remove_newer_checkpoints(run: RunFolder, step: int) -> list[Path]:
     return newer
 
 
-def find_path(run: RunFolder, step: int | None) -> Path | None:
-    """Where the checkpoint of ``step`` lies; None if there is none."""
-    path = run.checkpoints / f"step-{step:06d}" if step is not None else None
-    return path if path and path.is_dir() else None
+def name_path(run: RunFolder, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies, if there is one."""
+    return run.checkpoints / f"step-{step:06d}"
 
 
 def find_checkpoint(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
@@ -188,7 +188,7 @@ def load_checkpoint(
     state = json.loads((checkpoint.path / "state.json").read_text(encoding="utf-8"))
     if state["origin"] != origin:
         raise ContentError(
-            "the checkpoint is of another run: its recipe, base, tokenizer or data differ",
+            "the checkpoint is of another run: its recipe, base, tokenizer, data or manifest.json differ",
             where=str(checkpoint.path),
             hint="name a checkpoint of the run in output_dir",
         )

@@ -14,9 +14,10 @@ from ftcli.data.message import Message
 from ftcli.errors import NumericError
 from ftcli.evaluate.generate import Sampling, ScoreReport, generate_texts, score_examples
 from ftcli.evaluate.loss import DocumentLosses, measure_losses
-from ftcli.events import EvalDone, OnEvent, Progress, Sampled, Stage
-from ftcli.store.file import write_text
+from ftcli.events import EvalDone, Notice, OnEvent, Progress, Sampled, Stage
+from ftcli.store.file import make_folder, write_text
 from ftcli.store.run import RunFolder, append_line, read_lines
+from ftcli.train.best import read_evals
 from ftcli.train.prepare import Prepared
 from ftcli.train.stop import StopRequest
 
@@ -44,11 +45,13 @@ class Evaluation:
         Raises:
             NumericError: a loss that is NaN or infinite, after it was recorded.
         """
-        known = {entry["dataset"] for entry in read_lines(self.run.eval) if entry["step"] == step}
+        known = {entry["dataset"]: entry["loss"] for entry in read_evals(self.run) if entry["step"] == step}
         for part in self.prepared.split.held_out:
-            if part.name not in known:
-                with self.accelerator.autocast():
-                    self._measure_set(step, part)
+            if part.name in known:
+                _check_finite(known[part.name], part.name, step)
+                continue
+            with self.accelerator.autocast():
+                self._measure_set(step, part)
         with self.accelerator.autocast():
             self._sample(step)
 
@@ -59,12 +62,14 @@ class Evaluation:
         score = report.score if report else None
         if report:
             lines = (json.dumps(asdict(answer), ensure_ascii=False) for answer in report.answers)
-            self.run.samples.mkdir(exist_ok=True)
+            make_folder(self.run.samples)
             write_text(self.run.samples / f"{part.name}-{step:06d}.jsonl", "".join(f"{line}\n" for line in lines))
         entry = {"step": step, "dataset": part.name, "loss": loss, "score": score}
         append_line(self.run.eval, entry | dict(self._divide_loss(part, losses)))
-        if not math.isfinite(loss):
-            raise NumericError(f"the loss on {part.name} is {loss} after step {step}", hint="lower train.learning_rate")
+        if report and report.n_timed_out:
+            n = report.n_timed_out
+            self.on_event(Notice(f"{n} answers count as wrong: the expression took more than a second on each"))
+        _check_finite(loss, part.name, step)
         self.on_event(EvalDone(step, part.name, loss, score, len(report.answers) if report else 0))
 
     def _measure_losses(self, documents: Documents) -> DocumentLosses:
@@ -109,13 +114,13 @@ class Evaluation:
 
     def _sample(self, step: int) -> None:
         """Nothing; the answers to ``eval.sample_prompts`` after ``step`` are in ``samples/prompts.jsonl``."""
-        section, path = self.prepared.recipe.eval, self.run.samples / "prompts.jsonl"
+        section, path = self.prepared.recipe.eval, self.run.prompts
         if section is None or not section.sample_prompts:
             return
-        known = {entry["prompt"] for entry in read_lines(path) if entry["step"] == step}
+        known = {entry["prompt"] for entry in read_lines(path, "step", "prompt") if entry["step"] == step}
         asked = [prompt for prompt in section.sample_prompts if prompt not in known]
         renderer, size = self.prepared.renderer, section.per_device_eval_batch_size
-        self.run.samples.mkdir(exist_ok=True)
+        make_folder(self.run.samples)
         for first in range(0, len(asked), size):
             prompts = asked[first : first + size]
             ids = [renderer.render_prompt([Message("user", prompt)]) for prompt in prompts]
@@ -124,3 +129,9 @@ class Evaluation:
             for prompt, text in zip(prompts, texts, strict=True):
                 append_line(path, {"step": step, "prompt": prompt, "text": text})
                 self.on_event(Sampled(step, prompt, text))
+
+
+def _check_finite(loss: float, name: str, step: int) -> None:
+    if not math.isfinite(loss):
+        hint = "lower train.learning_rate" if step else "look at these rows, and at the base model's weights"
+        raise NumericError(f"the loss on {name} is {loss} after step {step}", hint=hint)

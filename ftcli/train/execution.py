@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ftcli.errors import DiskError, Interrupted, MemoryExhausted, NumericError, explain_stop
+from ftcli.errors import DiskError, FtcliError, Interrupted, MemoryExhausted, NumericError, explain_stop
 from ftcli.events import Notice, OnEvent, Saved, Stage, StepDone
 from ftcli.model.base import choose_device, is_memory_error
 from ftcli.model.build import count_parameters
@@ -29,10 +29,10 @@ from ftcli.train.artifact import save_artifact
 from ftcli.train.best import find_best
 from ftcli.train.checkpoint import (
     Checkpoint,
-    find_path,
     list_changed_records,
     load_checkpoint,
     load_weights,
+    name_path,
     read_checkpoint,
     remove_newer_checkpoints,
     rotate_checkpoints,
@@ -100,7 +100,6 @@ class Execution:
             self._check_memory(error, f"before step {self.step + 1}")
             raise
         self.stop.hold()
-        discard_replaced(self.run)
         try:
             self._go_through()
             artifact = self._leave_artifact()
@@ -153,8 +152,16 @@ class Execution:
             self.step = self.saved_step = checkpoint.step
         for path in remove_newer_checkpoints(self.run, self.step):
             self.on_event(Notice(f"{path} is not on the way from step {self.step}: removed"))
-        for path in (self.run.metrics, self.run.timing, self.run.eval, self.run.samples / "prompts.jsonl"):
+        for path in (self.run.metrics, self.run.timing, self.run.eval, self.run.prompts):
             cut_lines(path, self.step if checkpoint else -1)
+        for path in self.run.samples.glob("*-*.jsonl"):
+            digits = path.stem.rpartition("-")[2]
+            if digits.isdecimal() and int(digits) > self.step:
+                path.unlink()
+        best = read_manifest(self.run).get("best")
+        if best and best["step"] > self.step:
+            update_manifest(self.run, best=None)
+        self._record_best()
         for name in list_changed_records(checkpoint, self.run) if checkpoint else ():
             self.on_event(Notice(f"{self.run.path / name} is damaged: its lines are not those that the run wrote"))
 
@@ -183,6 +190,7 @@ class Execution:
         self.stop.check()
         if self.evaluation.is_due(self.step):
             self._evaluate()
+        discard_replaced(self.run)
         if self._is_over():
             return
         self.on_event(Stage("train", f"{self.total_steps} steps"))
@@ -229,8 +237,20 @@ class Execution:
         best = find_best(self.run, self.recipe.eval)
         if best and best.step == self.step:
             self._save()
-            update_manifest(self.run, best={"step": best.step, "metric": best.metric, "value": best.value})
-            rotate_checkpoints(self.run, self.recipe.checkpoint.save_total_limit, best_step=best.step)
+        self._record_best()
+
+    def _record_best(self) -> None:
+        """Nothing; the manifest names the best step, and the one that was best before may go."""
+        best = find_best(self.run, self.recipe.eval)
+        entry = {"step": best.step, "metric": best.metric, "value": best.value} if best else None
+        if entry != read_manifest(self.run).get("best"):
+            update_manifest(self.run, best=entry)
+            self._rotate()
+
+    def _rotate(self) -> None:
+        best = find_best(self.run, self.recipe.eval)
+        limit = self.recipe.checkpoint.save_total_limit
+        rotate_checkpoints(self.run, limit, best_step=best.step if best else None)
 
     def _is_over(self) -> bool:
         """Whether too many evaluations in a row were no better; the last step is saved then."""
@@ -249,12 +269,12 @@ class Execution:
         """The folder of the adapter or model: of the best step where the recipe says so, else of the last."""
         step, best = self.step, find_best(self.run, self.recipe.eval)
         if self.recipe.takes_best and best and best.step != step:
-            path = find_path(self.run, best.step)
-            if path is None:
-                self.on_event(Notice(f"the checkpoint of the best step, {best.step}, is gone: the last one is taken"))
-            else:
-                load_weights(read_checkpoint(path), self.engine.model)
+            try:
+                load_weights(read_checkpoint(name_path(self.run, best.step)), self.engine.model)
                 step = best.step
+            except FtcliError as error:
+                why = str(error).partition("\n")[0]
+                self.on_event(Notice(f"the best step, {best.step}, cannot be taken, so the last one is: {why}"))
         artifact = save_artifact(self.run, self.prepared, self.engine.built)
         update_manifest(self.run, artifact_step=step)
         return artifact
@@ -276,9 +296,7 @@ class Execution:
         )
         self.saved_step = self.step
         if rotates:
-            best = find_best(self.run, self.recipe.eval)
-            limit = self.recipe.checkpoint.save_total_limit
-            rotate_checkpoints(self.run, limit, best_step=best.step if best else None)
+            self._rotate()
         self.on_event(Saved(str(path)))
 
     def _explain_stop(self, error: Interrupted) -> Interrupted:
@@ -301,8 +319,8 @@ class Execution:
             record_step(self.run, error.result)
             with suppress(DiskError, NumericError):
                 self._save(rotates=False)
-        path = find_path(self.run, self.saved_step or None)
-        error.hint += f"; the last good checkpoint is {path}" if path else "; no step is saved"
+        path = name_path(self.run, self.saved_step)
+        error.hint += f"; the last good checkpoint is {path}" if self.saved_step else "; no step is saved"
         return error
 
     def _check_memory(self, error: Exception, where: str) -> None:

@@ -140,7 +140,7 @@ def _list_settings(recipe: Recipe, changes: tuple[Change, ...]) -> list[str]:
 
 
 def _format(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.2f} GB"
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"
 
 
 def _count_unread(table: WeightTable, dtype: str, ids: Any) -> int:

@@ -184,7 +184,9 @@ def check_finite(result: StepResult, batches: Sequence[Batch], n_skipped: int, *
     error = NumericError(
         f"loss {result.loss}, gradient norm {result.grad_norm} in step {result.step}",
         why=f"rows of this step: {shown}",
-        hint="lower train.learning_rate, or look at these rows",
+        hint="lower train.learning_rate, or look at these rows"
+        if result.step > 1
+        else "look at these rows, and at the base model's weights and dtype",
     )
     error.result = result
     raise error

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,15 @@ from ftcli.data.finding import check_findings
 from ftcli.data.fit import list_template_findings
 from ftcli.data.limits import ModelLimits, read_limits
 from ftcli.data.loader import DataSplit, Reading, load_split
-from ftcli.data.message import Message
+from ftcli.data.message import Example, Message
 from ftcli.data.role import load_roles
 from ftcli.data.tokenizer import NewTokens, add_tokens, hash_template, hash_tokenizer, load_tokenizer
 from ftcli.errors import ContentError, UsageError
-from ftcli.evaluate.generate import find_unfit, has_reference
+from ftcli.evaluate.generate import check_context, find_unfit, has_reference
 from ftcli.events import Notice, OnEvent, Progress, Stage, ignore_event
 from ftcli.model.base import build_skeleton, choose_device, count_embedding_rows
 from ftcli.model.build import check_names, find_adapter
-from ftcli.recipe import LoadedRecipe, Recipe
+from ftcli.recipe import EvalSection, LoadedRecipe, Recipe
 from ftcli.store.run import RunFolder, read_manifest
 from ftcli.store.target import ModelFiles, find_model, fingerprint_model
 from ftcli.train.best import check_metric
@@ -100,6 +101,7 @@ def prepare_run(
     n_rows = max(count_embedding_rows(skeleton), *(token + 1 for token in (*new_tokens, 0)))
     limits = read_limits(files, embedding_rows=n_rows)
     split = load_data(recipe, renderer, limits, on_event)
+    split = add_evaluation(recipe, split, renderer, skeleton.config, on_event)
     plan = plan_run(recipe, split.train.documents)
     if plan_warmup(recipe.train, plan.total_steps) >= plan.total_steps:
         on_event(Notice(f"the warm-up takes all {plan.total_steps} steps: the peak learning rate is never reached"))
@@ -132,8 +134,7 @@ def load_data(recipe: Recipe, renderer: ChatRenderer, limits: ModelLimits, on_ev
     findings = list_findings(findings, sets, renderer, limits)
     check_findings(findings)
     losses = [f"{part.name}: {sentence}" for part in sets for sentence in part.report.describe_losses()]
-    split, unfit = _add_evaluation(recipe, split, renderer)
-    for sentence in (*split.notices, *losses, *unfit):
+    for sentence in (*split.notices, *losses):
         on_event(Notice(sentence))
     for finding in findings:
         if finding.code not in _TOLD_ELSEWHERE:
@@ -142,52 +143,68 @@ def load_data(recipe: Recipe, renderer: ChatRenderer, limits: ModelLimits, on_ev
     return split
 
 
-def _add_evaluation(recipe: Recipe, split: DataSplit, renderer: ChatRenderer) -> tuple[DataSplit, list[str]]:
-    """The split with what evaluation needs besides, and a sentence for whatever it will not measure.
+def add_evaluation(
+    recipe: Recipe, split: DataSplit, renderer: ChatRenderer, config: Any, on_event: OnEvent
+) -> DataSplit:
+    """The split with what evaluation needs besides; whatever will not be measured is told.
 
     Raises:
-        FtcliError: it could measure nothing of what was asked.
+        FtcliError: prompts that the model of ``config`` has no room to answer, or nothing that could be measured.
     """
-    section, notices = recipe.eval, []
+    section = recipe.eval
     if section is None:
-        return split, []
+        return split
     check_metric(section, [part.name for part in split.held_out])
-    for prompt in section.sample_prompts:
-        renderer.render_prompt([Message("user", prompt)])
+    prompts = [renderer.render_prompt([Message("user", prompt)]) for prompt in section.sample_prompts]
     for part in split.held_out if section.score else ():
-        examples = part.read_examples()
-        n_asked = sum(map(has_reference, examples))
-        unfit = find_unfit(examples, section.score or "", section.regex)
-        if unfit and len(unfit) == n_asked:
-            raise ContentError(unfit[0].what, where=unfit[0].where, hint="set another eval.score")
-        if unfit:
-            n_rows, first = len(unfit), unfit[0]
-            notices.append(f"{n_rows} of {n_asked} rows of {part.name} cannot be right: {first.what} ({first.where})")
-        if not n_asked:
-            notices.append(f"no row of {part.name} ends with an answer: there is no score")
+        asked = [example for example in part.read_examples() if has_reference(example)]
+        for sentence in check_references(part.name, asked, section):
+            on_event(Notice(sentence))
+        prompts += [renderer.render_prompt(example.messages[:-1], example.tools) for example in asked]
+    check_context(config, prompts, section.max_new_tokens)
     by_role: dict[str, Mapping[str, Documents]] = {}
     for part in split.held_out if "role" in section.loss_by else ():
         by_role[part.name], refused = load_roles(part, renderer, recipe.data)
-        notices += refused
-    return replace(split, held_out_by_role=by_role), notices
+        for sentence in refused:
+            on_event(Notice(sentence))
+    return replace(split, held_out_by_role=by_role)
 
 
-def check_inputs_outside(recipe: Recipe, output: Path) -> None:
+def check_references(name: str, asked: Sequence[Example], section: EvalSection) -> list[str]:
+    """A sentence for what the score of the held-out set ``name`` will not say of the rows that are ``asked``.
+
+    Raises:
+        ContentError: no answer to any of them could be right.
+    """
+    if not asked:
+        return [f"no row of {name} ends with an answer: there is no score"]
+    unfit = find_unfit(asked, section.score or "", section.regex)
+    if len(unfit) == len(asked):
+        raise ContentError(unfit[0].what, where=unfit[0].where, hint="set another eval.score")
+    if not unfit:
+        return []
+    return [f"{len(unfit)} of {len(asked)} rows of {name} cannot be right: {unfit[0].what} ({unfit[0].where})"]
+
+
+def check_inputs_outside(loaded: LoadedRecipe, output: Path) -> None:
     """None if nothing that the run reads lies in the folder that it writes and may empty.
 
     Raises:
         UsageError: naming the input.
     """
+    recipe = loaded.recipe
     read = {f"datasets.{i}.path": section.path for i, section in enumerate(recipe.datasets)}
     read |= {f"eval.datasets.{i}.path": s.path for i, s in enumerate(recipe.eval.datasets if recipe.eval else ())}
     read["model.name_or_path"] = recipe.model.name_or_path
     read["tokenizer.chat_template"] = recipe.tokenizer.chat_template
     if recipe.peft and recipe.peft.adapter:
         read["peft.adapter"] = recipe.peft.adapter
+    read["the recipe"] = str(loaded.path)
     for key, text in read.items():
-        path = Path(text).expanduser()
-        if path.exists() and path.resolve().is_relative_to(output.resolve()):
-            raise UsageError(f"{key} lies in output_dir", where=text, hint="set another output_dir")
+        plain = Path(text).expanduser()
+        for path in [plain] if plain.exists() else map(Path, glob(str(plain), recursive=True)):
+            if path.resolve().is_relative_to(output.resolve()):
+                raise UsageError(f"{key} lies in output_dir", where=text, hint="set another output_dir")
 
 
 def check_parent(adapter: Path, tokenizer: Any, fingerprint: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from ftcli import __version__
 from ftcli.errors import ContentError, DiskError, Interrupted
 from ftcli.recipe import dump_recipe
-from ftcli.store.file import write_text
+from ftcli.store.file import hash_file, write_text
 from ftcli.store.run import RunFolder, append_line, now_text, read_manifest, update_manifest
 from ftcli.train.change import Change
 from ftcli.train.forecast import RunForecast
@@ -37,7 +37,7 @@ def write_start(run: RunFolder, prepared: Prepared, forecast: RunForecast | None
         verify=None,
         files={},
     )
-    write_text(run.recipe, dump_recipe(recipe, prepared.loaded.sources))
+    _write_recipe(run, prepared)
 
 
 def write_restart(run: RunFolder, prepared: Prepared, changes: Sequence[Change], *, step: int) -> None:
@@ -45,7 +45,12 @@ def write_restart(run: RunFolder, prepared: Prepared, changes: Sequence[Change],
     entries = [{"step": step, "key": change.key, "old": change.old, "new": change.new} for change in changes]
     before = read_manifest(run).get("changes", [])
     update_manifest(run, state="running", finished_at=None, changes=[*before, *entries])
+    _write_recipe(run, prepared)
+
+
+def _write_recipe(run: RunFolder, prepared: Prepared) -> None:
     write_text(run.recipe, dump_recipe(prepared.recipe, prepared.loaded.sources))
+    update_manifest(run, recipe_sha256=hash_file(run.recipe))
 
 
 def check_inputs(run: RunFolder, identity: dict[str, Any]) -> None:

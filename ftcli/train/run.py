@@ -16,11 +16,22 @@ from ftcli.errors import ContentError, MemoryExhausted, UsageError
 from ftcli.events import Notice, OnEvent, ignore_event
 from ftcli.model.base import is_memory_error
 from ftcli.recipe import LoadedRecipe, load_recipe
-from ftcli.store.run import RunFolder, locked, read_lines, read_manifest, recover, restore_replaced, set_aside
+from ftcli.store.file import explain_disk_error, hash_file
+from ftcli.store.run import (
+    RunFolder,
+    check_files,
+    locked,
+    read_lines,
+    read_manifest,
+    recover,
+    restore_replaced,
+    set_aside,
+)
 from ftcli.train.change import CHOOSES_ARTIFACT, Change, list_changes
 from ftcli.train.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
 from ftcli.train.execution import Execution
 from ftcli.train.forecast import forecast_run
+from ftcli.train.memory import measure_available
 from ftcli.train.prepare import check_inputs_outside, prepare_run
 from ftcli.train.record import check_inputs, recorded, write_restart, write_start
 from ftcli.train.stop import StopRequest
@@ -51,7 +62,8 @@ def train(
     if sum((resume, resume_from is not None, overwrite)) > 1:
         raise UsageError("--resume, --resume-from and --overwrite exclude each other")
     loaded = load_recipe(recipe_path, overrides=overrides)
-    run = RunFolder(Path(loaded.recipe.output_dir))
+    run = RunFolder(Path(loaded.recipe.output_dir).expanduser())
+    check_name(run.path)
     words = ["ftcli", "train", str(recipe_path), *(f"--set={text}" for text in overrides), "--resume"]
     command = shlex.join(words)
     with StopRequest() as stop:
@@ -64,8 +76,11 @@ def train(
         except Exception as error:
             if not is_memory_error(error):
                 raise
-            why = str(error).partition("\n")[0]
-            raise MemoryExhausted("out of memory while the run was prepared", why=why) from error
+            raise MemoryExhausted(
+                "out of memory while the run was prepared",
+                why=f"{str(error).partition(chr(10))[0]}\n  {measure_available() / 1e6:,.0f} MB are available",
+                hint="raise the limit (ulimit -v, the container's), or end what else runs here",
+            ) from error
     return run
 
 
@@ -74,7 +89,7 @@ def _start(
 ) -> None:
     """Nothing; the run folder holds the finished run, begun anew."""
     check_vacant(run, overwrite=overwrite)
-    check_inputs_outside(loaded.recipe, run.path)
+    check_inputs_outside(loaded, run.path)
     prepared = prepare_run(loaded, on_event)
     forecast = forecast_run(prepared)
     with locked(run):
@@ -108,12 +123,15 @@ def _go_on(
         manifest = _read_start(run)
         checkpoint = _choose_checkpoint(run, resume_from, on_event)
         changes = check_changes(run, loaded, next_step=checkpoint.step + 1 if checkpoint else 1)
-        is_finished = manifest["state"] == "finished" and resume_from is None
+        is_finished = manifest["state"] == "finished" and resume_from is None and _is_whole(run, on_event)
         if is_finished and not any(change.kind == "course" for change in changes):
-            on_event(Notice(f"{run.path} is finished: nothing is left to train"))
+            unused = f"; {', '.join(change.key for change in changes)} would change nothing now" if changes else ""
+            on_event(Notice(f"{run.path} is finished: nothing is left to train{unused}"))
             return
         for change in changes:
             on_event(Notice(str(change)))
+        if run.recipe.exists() and manifest.get("recipe_sha256") not in (None, hash_file(run.recipe)):
+            on_event(Notice(f"{run.recipe} is not what the run wrote: what differs may have been changed there"))
         prepared = prepare_run(
             loaded,
             on_event,
@@ -135,6 +153,24 @@ def _go_on(
             Execution(run, prepared, forecast, stop, on_event, command).run_all(checkpoint)
 
 
+def check_name(path: Path) -> None:
+    """None if a folder may have this name.
+
+    Raises:
+        UsageError: the system knows no such names, or it is a link to nothing.
+        DiskError: the system does not let us look.
+    """
+    try:
+        path.stat()
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise UsageError("output_dir is a link to nothing", where=str(path), hint="mend the link") from error
+    except ValueError as error:
+        raise UsageError(f"output_dir is no name for a folder: {error}", hint="choose another output_dir") from error
+    except OSError as error:
+        raise explain_disk_error(error, path) from error
+
+
 def check_vacant(run: RunFolder, *, overwrite: bool) -> None:
     """None if a new run may use this folder.
 
@@ -144,7 +180,7 @@ def check_vacant(run: RunFolder, *, overwrite: bool) -> None:
     if run.path.exists() and not run.path.is_dir():
         raise UsageError("output_dir is a file", where=str(run.path), hint="choose another output_dir")
     if run.holds_run() or run.is_damaged():
-        if not overwrite:
+        if not overwrite and run.holds_results():
             raise UsageError(
                 "output_dir holds a run already",
                 where=str(run.path),
@@ -166,12 +202,23 @@ def _read_start(run: RunFolder) -> dict[str, Any]:
     """
     manifest = read_manifest(run)
     base = manifest.get("base")
-    needed = ("started_at", "tokenizer_sha256", "template_sha256", "data_sha256")
+    needed = ("started_at", "tokenizer_sha256", "template_sha256", "data_sha256", "template_date")
     if not isinstance(base, dict) or not {"id", "revision", "fingerprint"} <= base.keys():
         raise _explain_damage(run)
-    if any(not isinstance(manifest.get(key), str) for key in needed if key != "template_sha256" or manifest.get(key)):
+    can_be_null = ("template_sha256", "template_date")
+    if any(not isinstance(manifest.get(key), str) for key in needed if key not in can_be_null or manifest.get(key)):
         raise _explain_damage(run)
     return manifest
+
+
+def _is_whole(run: RunFolder, on_event: OnEvent) -> bool:
+    """Whether the artifact of a finished run is as it was left; if not, it is made again from the last checkpoint."""
+    try:
+        check_files(run)
+    except ContentError as error:
+        on_event(Notice(f"{str(error).partition(chr(10))[0]}; it is made again"))
+        return False
+    return True
 
 
 def _explain_damage(run: RunFolder) -> ContentError:
@@ -189,6 +236,13 @@ def check_changes(run: RunFolder, loaded: LoadedRecipe, *, next_step: int) -> li
     Raises:
         UsageError: something differs that the steps made so far cannot be gone on with.
     """
+    if not run.recipe.exists() and run.holds_results():
+        raise ContentError(
+            "recipe.yaml of the run is missing",
+            where=str(run.path),
+            why="without it nothing says whether the steps to come belong to the steps that were made",
+            hint="restore the file, or start anew with --overwrite",
+        )
     if not run.recipe.exists():  # killed in its first moment
         return []
     changes = list_changes(load_recipe(run.recipe).recipe, loaded.recipe, next_step=next_step)

@@ -13,8 +13,8 @@ received: list[int] = []  # the signals that were to end the work at once
 
 
 def stop_at_once() -> None:
-    """Nothing; from now on SIGTERM and SIGINT raise ``Stopped``, wherever they come, and are ``received``."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """Nothing; from now on SIGINT, SIGTERM and SIGHUP raise ``Stopped``, wherever they come, and are ``received``."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # else it is ignored
             signal.signal(number, _stop)
 

@@ -48,7 +48,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(DiskError, match=r"the disk is full: [\d,]+ bytes are free") as caught:
+    with pytest.raises(DiskError, match=r"the disk is full: 5 bytes are needed, [\d,]+ bytes are free") as caught:
         write_text(path, "after")
     assert caught.value.where == str(path)
     assert path.read_text() == "before"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from torch.nn import functional
 
 from ftcli.data.chat import ChatRenderer
 from ftcli.data.example import read_examples
-from ftcli.errors import ContentError, NumericError, RecipeError, UsageError
+from ftcli.errors import ContentError, Interrupted, NumericError, RecipeError, UsageError
+from ftcli.evaluate.loss import DocumentLosses
 from ftcli.evaluate.score import score_regex
-from ftcli.events import EvalDone, Notice, Sampled
+from ftcli.events import EvalDone, Notice, Sampled, StepDone
 from ftcli.store.run import RunFolder, append_line, read_lines, read_manifest
 from ftcli.train import best as best_module
+from ftcli.train import evaluation
 from ftcli.train.best import find_best
 from ftcli.train.run import train
 
@@ -34,7 +38,7 @@ def collect(kind: Any) -> tuple[list[Any], Any]:
 def bend_losses(monkeypatch: pytest.MonkeyPatch, values: dict[int, float]) -> None:
     """What ``eval.jsonl`` says after each step is replaced for those who look for the best."""
 
-    def read_bent(path: Path) -> list[dict[str, Any]]:
+    def read_bent(path: Path, *_: str) -> list[dict[str, Any]]:
         return [entry | {"loss": values.get(entry["step"], 9.0)} for entry in read_lines(path)]
 
     monkeypatch.setattr(best_module, "read_lines", read_bent)
@@ -226,3 +230,118 @@ def test_a_held_out_loss_that_is_no_number_stops_the_run(
     assert caught.value.exit_code == 5
     assert not evals
     assert math.isnan(read_lines(RunFolder(tmp_path / "run").eval)[0]["loss"])
+
+
+def test_a_held_out_loss_that_was_no_number_stops_the_resumed_run_too(
+    write_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(eval={**HELD_OUT, "eval_steps": 2}, checkpoint={"save_steps": 1})
+    real = evaluation.measure_losses
+    calls: list[int] = []
+
+    def measure(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return DocumentLosses((math.nan,), (1,)) if len(calls) == 2 else real(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "measure_losses", measure)
+    with pytest.raises(NumericError, match="after step 2"):
+        train(path)
+    with pytest.raises(NumericError, match="the loss on held_out is nan after step 2"):
+        train(path, resume=True)
+    assert read_manifest(RunFolder(tmp_path / "run"))["state"] == "failed"
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {**HELD_OUT, "score": "exact_match", "max_new_tokens": 600},
+        {"sample_prompts": ["a"], "max_new_tokens": 600},
+        {"sample_prompts": ["fox " * 600], "max_new_tokens": 4},
+    ],
+)
+def test_answers_without_room_are_refused_before_a_run_is_replaced(write_recipe: Any, section: dict[str, Any]) -> None:
+    run = train(write_recipe())
+    before = run.metrics.read_bytes()
+    with pytest.raises(UsageError, match="do not fit the context of 512"):
+        train(write_recipe(eval=section), overwrite=True)
+    assert run.metrics.read_bytes() == before
+    assert read_manifest(run)["state"] == "finished"
+
+
+def test_a_first_evaluation_that_fails_brings_the_replaced_run_back(
+    write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(write_recipe())
+    before = {p.relative_to(run.path): p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise UsageError("no")
+
+    monkeypatch.setattr(evaluation, "measure_losses", fail)
+    with pytest.raises(UsageError):
+        train(write_recipe(eval=HELD_OUT), overwrite=True)
+    assert {p.relative_to(run.path): p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == before
+
+
+def test_expressions_that_are_none_or_take_for_ever_make_an_answer_wrong(write_recipe: Any) -> None:
+    path = write_recipe(eval={**HELD_OUT, "score": "regex", "max_new_tokens": 4})
+    rows = path.parent / "held_out.jsonl"
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    for line, answer in zip(lines, ("(", ".*", "x|", "zzz"), strict=True):
+        line["messages"][-1]["content"] = answer
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    notices, on_event = collect(Notice)
+    run = train(path, on_event=on_event)
+    assert any("1 of 4 rows of held_out cannot be right" in notice.text for notice in notices)
+    assert [a["is_right"] for a in read_lines(run.samples / "held_out-000006.jsonl")] == [False, True, True, False]
+    with pytest.raises(TimeoutError):
+        score_regex("a" * 40 + "!", r"(a|a)*$")
+
+
+def test_the_best_step_survives_the_loss_of_its_line(
+    write_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line of the best step is torn out of eval.jsonl; the manifest still knows it, and rotation spares it."""
+    changes = {"save_steps": 1, "save_total_limit": 1, "load_best_model_at_end": True}
+    path = write_recipe(eval={**HELD_OUT, "eval_steps": 1}, checkpoint=changes)
+    run = RunFolder(tmp_path / "run")
+    losses = {0: 5.0, 1: 4.0, 2: 1.0, 3: 2.0, 4: 3.0, 5: 3.0, 6: 3.0}
+    left: list[float] = []
+    monkeypatch.setattr(evaluation, "measure_losses", lambda *_, **__: DocumentLosses((left.pop(0),), (1,)))
+    left += losses.values()
+    whole, best = train(path, overrides=(f"output_dir={tmp_path / 'whole'}",)), 2
+    left += losses.values()
+
+    def on_event(event: Any) -> None:
+        if isinstance(event, StepDone) and event.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(path, on_event=on_event)
+    text = run.eval.read_text()
+    run.eval.write_text(text.replace(f'{{"step": {best}, "dataset": "held', '{"'))
+    notices, on_notice = collect(Notice)
+    train(path, resume=True, on_event=on_notice)
+    assert any("eval.jsonl is damaged" in notice.text for notice in notices)
+    assert read_manifest(run)["best"]["step"] == read_manifest(run)["artifact_step"] == best
+    name = "adapter_model.safetensors"
+    assert (run.adapter / name).read_bytes() == (whole.adapter / name).read_bytes()
+
+
+def test_a_damaged_best_checkpoint_leaves_the_last_step_as_the_artifact(
+    write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bend_losses(monkeypatch, {2: 1.0})
+    path = write_recipe(eval={**HELD_OUT, "eval_steps": 2}, checkpoint={"load_best_model_at_end": True})
+    notices: list[str] = []
+
+    def on_event(event: Any) -> None:
+        if isinstance(event, StepDone) and event.step == 5:
+            file = path.parent / "run" / "checkpoints" / "step-000002" / "weights.safetensors"
+            file.write_bytes(file.read_bytes()[:-8] + bytes(8))
+        if isinstance(event, Notice):
+            notices.append(event.text)
+
+    run = train(path, on_event=on_event)
+    assert any("the best step, 2, cannot be taken, so the last one is" in text for text in notices)
+    assert read_manifest(run)["artifact_step"] == 6

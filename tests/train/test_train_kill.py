@@ -19,6 +19,7 @@ import pytest
 
 from ftcli.errors import ContentError, DiskError, FtcliError, Interrupted, UsageError
 from ftcli.events import EvalDone, Event, Notice, Progress, Sampled, Saved, Stage, StepDone
+from ftcli.jobs.summary import summarize_run
 from ftcli.store import run as store_run
 from ftcli.store.file import free_bytes
 from ftcli.store.run import RunFolder, append_line, read_lines, read_manifest
@@ -302,3 +303,57 @@ def test_a_damaged_manifest_is_named_and_can_be_replaced(write_recipe: Any, tmp_
     with pytest.raises(UsageError, match="holds a run already"):
         train(path)
     assert read_manifest(train(path, overwrite=True))["state"] == "finished"
+
+
+HARMS: dict[str, Any] = {
+    "bytes that are no text": lambda text: text.encode().replace(b"step", b"st\xffp", 1),
+    "another key": lambda text: text.replace('"step": 2', '"stop": 2').encode(),
+    "text for a number": lambda text: text.replace('"step": 2', '"step": "2"').encode(),
+    "no object": lambda text: b"5\n" + text.encode(),
+    "no loss": lambda text: text.replace('"loss"', '"l"').replace('"prompt"', '"p"').encode(),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_damaged_records_never_end_in_a_traceback(write_recipe: Any, tmp_path: Path, harm: str) -> None:
+    path, run = write_recipe(eval=EVAL), RunFolder(tmp_path / "run")
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(path, on_event=on_event)
+    for file in (run.metrics, run.timing, run.eval, run.prompts):
+        file.write_bytes(HARMS[harm](file.read_text()))
+    notices: list[str] = []
+    train(path, resume=True, on_event=lambda e: notices.append(e.text) if isinstance(e, Notice) else None)
+    assert sum("is damaged: its lines are not those that the run wrote" in text for text in notices) >= (
+        0 if harm == "no object" else 3
+    )
+    summarize_run(run)
+
+
+def test_a_folder_or_file_in_the_place_of_another_is_named(write_recipe: Any, tmp_path: Path) -> None:
+    path, run = (
+        write_recipe(eval=EVAL, checkpoint={"save_steps": 1, "save_total_limit": 9}),
+        RunFolder(tmp_path / "run"),
+    )
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(path, on_event=on_event)
+    shutil.rmtree(run.checkpoints / "step-000003")
+    (run.checkpoints / "step-000003").write_text("a file")
+    text = run.timing.read_text()
+    run.timing.unlink()
+    run.timing.mkdir()
+    with pytest.raises(ContentError, match=r"timing\.jsonl: is no file"):
+        train(path, resume=True)
+    run.timing.rmdir()
+    run.timing.write_text(text)
+    train(path, resume=True)
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == [f"step-{step:06d}" for step in range(1, 7)]

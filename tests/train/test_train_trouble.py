@@ -17,7 +17,7 @@ from conftest import build_model, save_model
 from safetensors.torch import load_file
 
 import ftcli.train.execution as execution
-from ftcli.errors import ContentError, DiskError, FtcliError, Interrupted, UsageError
+from ftcli.errors import ContentError, DiskError, FtcliError, Interrupted, NumericError, UsageError
 from ftcli.events import EvalDone, StepDone
 from ftcli.jobs.summary import summarize_run
 from ftcli.store.run import RunFolder, read_lines, read_manifest, update_manifest
@@ -207,3 +207,75 @@ def test_a_closed_log_does_not_end_the_run(write_recipe: Any, tmp_path: Path) ->
     command = f"{sys.executable} -m ftcli train {write_recipe()} --set train.max_steps=40 2>&1 >/dev/null | head -3"
     subprocess.run(["bash", "-c", command], capture_output=True, timeout=120, check=True)
     assert read_manifest(RunFolder(tmp_path / "run"))["state"] == "finished"
+
+
+def test_a_run_that_made_no_step_is_replaced_without_being_asked(
+    write_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ContentError("no such weights")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execution, "build_engine", fail)
+        with pytest.raises(ContentError):
+            train(write_recipe())
+    assert read_manifest(RunFolder(tmp_path / "run"))["state"] == "failed"
+    assert read_manifest(train(write_recipe()))["state"] == "finished"
+
+
+@pytest.mark.parametrize("where", ["glob", "recipe", "file"])
+def test_inputs_in_the_folder_that_would_be_emptied_are_refused(write_recipe: Any, tmp_path: Path, where: str) -> None:
+    run = train(write_recipe())
+    inside = run.path / "data"
+    inside.mkdir()
+    shutil.copy(tmp_path / "train.jsonl", inside)
+    places = {"glob": f"{inside}/*.jsonl", "file": str(inside / "train.jsonl")}
+    path = write_recipe(datasets=[{"path": places.get(where, "train.jsonl")}])
+    if where == "recipe":
+        path = shutil.move(path, inside / "recipe.yaml")
+        shutil.copy(tmp_path / "held_out.jsonl", inside)
+        path = Path(path)
+        path.write_text(path.read_text().replace("path: train.jsonl", f"path: {tmp_path / 'train.jsonl'}"))
+    with pytest.raises(UsageError, match="lies in output_dir"):
+        train(path, overwrite=True)
+    assert (inside / "train.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [("gone", "is missing; it is made again"), ("changed", "differs from what the run wrote; it is made again")],
+)
+def test_a_lost_adapter_is_made_again_from_the_last_checkpoint(write_recipe: Any, harm: str, words: str) -> None:
+    run = train(write_recipe())
+    file = run.adapter / "adapter_model.safetensors"
+    before = file.read_bytes()
+    if harm == "gone":
+        shutil.rmtree(run.adapter)
+    else:
+        file.write_bytes(before[:-4] + bytes(4))
+    notices: list[str] = []
+    train(write_recipe(), resume=True, on_event=lambda event: notices.append(getattr(event, "text", "")))
+    assert any(text.endswith(words) for text in notices)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "link"])
+def test_names_that_no_folder_can_have_are_refused(write_recipe: Any, tmp_path: Path, name: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises((UsageError, DiskError)):
+        train(write_recipe(output_dir=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_base_model_of_nan_is_told_before_it_is_trained(
+    write_recipe: Any, tmp_path: Path, tiny_tokenizer: Any, rows: int
+) -> None:
+    model = build_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    folder = save_model(tmp_path / "nan", model, tiny_tokenizer)
+    path = write_recipe(model={"name_or_path": str(folder), "dtype": "float32"})
+    with pytest.raises(NumericError) as caught:
+        train(path, overrides=(f"train.per_device_train_batch_size={rows}",))
+    assert "weights" in caught.value.hint
+    assert "learning_rate" not in caught.value.hint
