@@ -26,6 +26,7 @@ from ftcli.data.plan import Step, plan_epoch
 from ftcli.errors import NumericError
 from ftcli.evaluate.loss import compute_loss_sum
 from ftcli.recipe import Recipe
+from ftcli.train.memory import release_free_memory
 from ftcli.train.optim import compute_lr, list_trained, set_lr
 
 _MOST_SKIPPED_STEPS = 20  # a float16 loss scale that is still too large after this many halvings is no accident
@@ -160,13 +161,20 @@ def accumulate_gradients(
     n_targets = sum(batch.n_targets for batch in batches)
     total = torch.zeros((), device=accelerator.device)
     for batch in batches:
-        loss_sum = compute_loss_sum(model, batch.to(accelerator.device))
-        accelerator.backward(loss_sum / n_targets)
-        total += loss_sum.detach()
+        total += add_gradients(model, batch, accelerator, n_targets)
     trained = [parameter for _, parameter in list_trained(model)]
     limit = math.inf if max_grad_norm is None else max_grad_norm
     grad_norm = accelerator.clip_grad_norm_(trained, limit)
     return total.item() / n_targets, float(grad_norm)
+
+
+def add_gradients(model: torch.nn.Module, batch: Batch, accelerator: Any, n_targets: int) -> torch.Tensor:
+    """The sum of losses over ``batch``, after the gradient of its share of ``n_targets`` was added."""
+    loss_sum = compute_loss_sum(model, batch.to(accelerator.device))
+    if accelerator.device.type == "cpu":
+        release_free_memory()  # logits that are gone, where the heap had room for them
+    accelerator.backward(loss_sum / n_targets)
+    return loss_sum.detach()
 
 
 def check_finite(result: StepResult, batches: Sequence[Batch], n_skipped: int, *, has_scaler: bool) -> int:

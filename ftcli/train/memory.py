@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
+_GROWTH = 0.03  # of the memory held; at 0 the peak is 2 % lower, and steps take a seventh longer
 _LARGE_BYTES = 4 << 20  # of 1, 2 and 4 MiB the one with the fewest page faults at the same peak
 
 
@@ -42,9 +43,8 @@ def limit_heap() -> None:
 def release_between_blocks(model: nn.Module) -> None:
     """Nothing; while ``model`` trains, free heap goes back before the head, and between blocks where it has grown.
 
-    Each page that goes back is faulted in again. So on the way through the blocks, forward and back, it is given back
-    only above what a block takes on a heap that has just been trimmed, or the head with its logits: a step needs that
-    anyway.
+    Each page that goes back is faulted in again, at a cost that is seen in a step's time; so on the way through the
+    blocks, forward and back, it is given back only when memory has grown by a share that forecasts can bear.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -52,12 +52,12 @@ def release_between_blocks(model: nn.Module) -> None:
 
     def before_block(module: nn.Module, _: object) -> None:
         if module.training:
-            heap.trim_above_need()
+            heap.trim_grown()
 
     def after_block(module: nn.Module, _: object, output: Any) -> None:
         hidden = output if isinstance(output, torch.Tensor) else output[0]
         if module.training and hidden.requires_grad:
-            hidden.register_hook(lambda _: heap.trim_above_need())
+            hidden.register_hook(lambda _: heap.trim_grown())
 
     def before_head(module: nn.Module, _: object) -> None:
         if module.training:
@@ -73,22 +73,20 @@ def release_between_blocks(model: nn.Module) -> None:
 
 
 class _Heap:
-    """The free heap of this process, and how much memory is held even where it was just given back."""
+    """The heap of this process: what was held when free memory last went back, and the most that was ever held."""
 
     def __init__(self) -> None:
-        self.needed_bytes = 0
-        self.was_trimmed = False
+        self.trimmed_bytes = self.most_bytes = 0
 
     def trim(self) -> None:
         release_free_memory()
-        self.was_trimmed = True
+        self.trimmed_bytes = measure_rss()
 
-    def trim_above_need(self) -> None:
+    def trim_grown(self) -> None:
         held = measure_rss()
-        if self.was_trimmed:
-            self.needed_bytes = max(self.needed_bytes, held)
-            self.was_trimmed = False
-        elif held > self.needed_bytes:
+        self.most_bytes = max(self.most_bytes, held)
+        self.trimmed_bytes = min(self.trimmed_bytes, held)
+        if held - self.trimmed_bytes > _GROWTH * self.most_bytes:
             self.trim()
 
 

@@ -11,9 +11,9 @@ import torch
 
 from ftcli.data.batch import build_batch
 from ftcli.data.documents import Documents
-from ftcli.evaluate.loss import compute_loss_sum, compute_mean_loss, group_lengths
+from ftcli.evaluate.loss import compute_mean_loss, group_lengths
 from ftcli.recipe import Recipe
-from ftcli.train.loop import Plan, plan_steps
+from ftcli.train.loop import Plan, add_gradients, plan_steps
 from ftcli.train.optim import list_trained
 
 Group = tuple[int, ...]
@@ -73,8 +73,7 @@ def rehearse(
     moments = [] if has_moments else [torch.zeros_like(p) for _, p in list_trained(plain_model) for _ in range(2)]
     for group in find_largest(recipe, documents, plan):
         batch = build_batch([documents[i] for i in group])
-        loss = compute_loss_sum(model, batch.to(accelerator.device))
-        accelerator.backward(loss / batch.n_targets)
+        add_gradients(model, batch, accelerator, batch.n_targets)
     for parameter in plain_model.parameters():
         parameter.grad = None
     limit = recipe.data.max_length if recipe.puts_documents_together else 1

@@ -119,17 +119,17 @@ def test_what_does_not_fit_is_refused_with_the_smallest_change_that_does(
 def test_the_longest_batch_is_tried_before_the_first_step(write_recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and back, and the held-out rows; what fails then is told with the forecast, and no step was made."""
     seen: list[tuple[str, int]] = []
-    real_loss, real_mean = rehearsal.compute_loss_sum, rehearsal.compute_mean_loss
+    real_add, real_mean = rehearsal.add_gradients, rehearsal.compute_mean_loss
 
-    def watch_loss(model: Any, batch: Any) -> Any:
+    def watch_add(model: Any, batch: Any, *rest: Any) -> Any:
         seen.append(("train", batch.n_tokens))
-        return real_loss(model, batch)
+        return real_add(model, batch, *rest)
 
     def watch_mean(model: Any, documents: Any, **options: Any) -> Any:
         seen.append(("eval", sum(len(document.ids) for document in documents)))
         return real_mean(model, documents, **options)
 
-    monkeypatch.setattr(rehearsal, "compute_loss_sum", watch_loss)
+    monkeypatch.setattr(rehearsal, "add_gradients", watch_add)
     monkeypatch.setattr(rehearsal, "compute_mean_loss", watch_mean)
     path = write_recipe(eval={"datasets": [{"path": "held_out.jsonl"}]})
     run = train(path, overrides=("train.gradient_accumulation_steps=1", "train.max_steps=18"))
@@ -141,7 +141,7 @@ def test_the_longest_batch_is_tried_before_the_first_step(write_recipe: Any, mon
     def run_out(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(rehearsal, "compute_loss_sum", run_out)
+    monkeypatch.setattr(rehearsal, "add_gradients", run_out)
     steps: list[Any] = []
     with pytest.raises(MemoryExhausted, match="out of memory before step 1") as caught:
         train(path, overwrite=True, on_event=lambda e: steps.append(e) if isinstance(e, StepDone) else None)
