@@ -51,7 +51,7 @@ def hard_recipe(write_recipe: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("case", "n"), [("begin", 6), ("overwrite", 3), ("resume", 3)])
+@pytest.mark.parametrize(("case", "n"), [("begin", 4), ("overwrite", 2), ("resume", 2)])
 def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(hard_recipe: Path, case: str, n: int) -> None:
     """A sample that is seeded, and spread over all of the changes that a run makes to the disk."""
     chances = random.Random(case)

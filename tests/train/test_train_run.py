@@ -88,27 +88,6 @@ def test_first_loss_is_the_base_models_own(write_recipe: Any, tiny_model: Path) 
     assert first["loss"] == pytest.approx(total / n_targets, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
-        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
-        {"gradient_checkpointing": True},
-    ],
-    ids=["one-batch", "four-batches", "checkpointing"],
-)
-def test_loss_and_gradient_do_not_depend_on_the_split(write_recipe: Any, tmp_path: Path, changes: Any) -> None:
-    base = read_metrics(train(write_recipe(), overrides=("train.max_steps=5",)))
-    overrides = [f"train.{key}={json.dumps(value)}" for key, value in changes.items()]
-    other = read_metrics(
-        train(write_recipe(), overrides=("train.max_steps=5", *overrides, f"output_dir={tmp_path / 'other'}"))
-    )
-    for a, b in zip(base, other, strict=True):
-        assert a["n_target_tokens"] == b["n_target_tokens"]
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_loss_equals_rows_apart(tiny_model: Path, write_rows: Any, attention: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -119,44 +98,6 @@ def test_packed_loss_equals_rows_apart(tiny_model: Path, write_rows: Any, attent
     packed = compute_loss_sum(model, build_batch(documents)).item()
     apart = sum(compute_loss_sum(model, build_batch([document])).item() for document in documents)
     assert packed == pytest.approx(apart, rel=1e-6)
-
-
-@pytest.mark.parametrize(("packing", "dropout", "step"), [(True, 0.0, 1), (False, 0.2, 4), (True, 0.2, 5)])
-def test_resumed_metrics_are_byte_equal(
-    write_recipe: Any, tmp_path: Path, packing: bool, dropout: float, step: int
-) -> None:
-    overrides = (f"data.packing={str(packing).lower()}", f"peft.lora_dropout={dropout}", "train.warmup_ratio=0.3")
-    path = write_recipe()
-    whole = train(path, overrides=(*overrides, f"output_dir={tmp_path / 'whole'}"))
-    with pytest.raises(Interrupted) as caught:
-        train(path, overrides=overrides, on_event=stop_at(step))
-    assert caught.value.exit_code == 143
-    run = RunFolder(tmp_path / "run")
-    assert read_manifest(run)["state"] == "interrupted"
-    assert [p.name for p in run.checkpoints.iterdir()] == [f"step-{step:06d}"]
-    train(path, overrides=overrides, resume=True)
-    assert run.metrics.read_bytes() == whole.metrics.read_bytes()
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (run.adapter / name).read_bytes() == (whole.adapter / name).read_bytes()
-
-
-def test_resume_takes_the_checkpoint_before_a_damaged_one(write_recipe: Any) -> None:
-    path = write_recipe(checkpoint={"save_steps": 2, "save_total_limit": 2})
-    notices: list[str] = []
-    stop = stop_at(5)
-    with pytest.raises(Interrupted):
-        train(path, on_event=stop)
-    run = RunFolder(Path(load_recipe(path).recipe.output_dir))
-    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-000004", "step-000005"]
-    weights = run.checkpoints / "step-000005" / "weights.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-3] ^= 1
-    weights.write_bytes(data)
-    with pytest.raises(ContentError, match="damaged"):
-        train(path, resume_from=run.checkpoints / "step-000005")
-    train(path, resume=True, on_event=lambda event: notices.append(getattr(event, "text", "")))
-    assert any("step-000005" in n and "going on from step-000004" in n for n in notices)
-    assert len(read_metrics(run)) == 6
 
 
 def test_resume_refuses_another_recipe_and_a_missing_run(write_recipe: Any) -> None:
