@@ -95,6 +95,10 @@ class RunFolder:
         has_steps = self.metrics.is_file() and self.metrics.stat().st_size > 0
         return has_steps or any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
 
+    def holds_replaced(self) -> bool:
+        """Whether a run is set aside here, which comes back unless it is discarded."""
+        return (self.path / _REPLACED).exists()
+
     def is_damaged(self) -> bool:
         """Whether ftcli made this folder, but its manifest is gone or cannot be read."""
         return not self.holds_run() and (self.path / _LOCK).is_file() and self.recipe.is_file()
@@ -253,7 +257,7 @@ def restore_replaced(run: RunFolder) -> None:
 
 def discard_replaced(run: RunFolder) -> None:
     """Nothing; the run that was set aside is gone for good."""
-    if (run.path / _REPLACED).exists():
+    if run.holds_replaced():
         remove_folder(run.path / _REPLACED)
 
 

@@ -54,12 +54,13 @@ def find_best(run: RunFolder, section: EvalSection | None) -> Best | None:
     """
     if section is None:
         return None
-    by_step: dict[int, list[dict[str, Any]]] = {}
-    for entry in read_evals(run):
-        if entry["step"] > 0:
-            by_step.setdefault(entry["step"], []).append(entry)
     name, _, key = section.metric.rpartition(".")
-    values = {step: _take_mean(entries, name, key) for step, entries in sorted(by_step.items())}
+    by_step: dict[int, dict[str, Any]] = {}
+    for entry in read_evals(run):
+        if name in ("", entry["dataset"]):
+            by_step.setdefault(entry["step"], {})[entry["dataset"]] = entry[key]
+    n_sets = max(map(len, by_step.values()), default=0)  # an evaluation under way has fewer, and does not compete yet
+    values = {step: _take_mean(found) for step, found in by_step.items() if step > 0 and len(found) == n_sets}
     recorded = read_manifest(run).get("best") if run.manifest.exists() else None
     if recorded and recorded["metric"] == section.metric:
         values.setdefault(recorded["step"], recorded["value"])
@@ -71,6 +72,6 @@ def find_best(run: RunFolder, section: EvalSection | None) -> Best | None:
     return Best(best, section.metric, known[best], sum(step > best for step in values))
 
 
-def _take_mean(entries: Sequence[dict[str, Any]], name: str, key: str) -> float | None:
-    found = [entry[key] for entry in entries if name in ("", entry["dataset"]) and entry[key] is not None]
+def _take_mean(by_set: dict[str, Any]) -> float | None:
+    found = [value for value in by_set.values() if value is not None]
     return fmean(found) if found and all(map(math.isfinite, found)) else None

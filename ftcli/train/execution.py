@@ -303,9 +303,12 @@ class Execution:
         """The same interruption, after a checkpoint, saying how to go on."""
         self._save()
         what = f"{error.what} after step {self.step} of {self.total_steps}, which is saved"
+        hint = f"go on: {self.resume_command}"
         if not self.step:
             what = f"{error.what} before the first step"
-        return Interrupted(what, signal_number=self.stop.signal_number, hint=f"go on: {self.resume_command}")
+        if self.run.holds_replaced():
+            hint = f"{self.run.path} holds the run again that was to be replaced"
+        return Interrupted(what, signal_number=self.stop.signal_number, hint=hint)
 
     def _explain_kill(self, error: Interrupted) -> Interrupted:
         """The interruption by a second signal, which nothing was saved after."""

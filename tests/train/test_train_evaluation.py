@@ -113,6 +113,17 @@ def test_the_best_is_of_the_metric_that_was_asked_for(tmp_path: Path) -> None:
         assert (found.step, pytest.approx(found.value), found.n_since) == wanted, metric
 
 
+def test_an_evaluation_under_way_does_not_compete(tmp_path: Path) -> None:
+    from ftcli.recipe import EvalSection
+
+    run = RunFolder(tmp_path)
+    for step, name, loss in ((0, "a", 9.0), (0, "b", 9.0), (2, "a", 2.0), (2, "b", 4.0), (4, "a", 2.5)):
+        append_line(run.eval, {"step": step, "dataset": name, "loss": loss, "score": None})
+    found = find_best(run, EvalSection())
+    assert found is not None
+    assert (found.step, found.n_since) == (2, 0)
+
+
 @pytest.mark.parametrize(
     ("section", "words"),
     [
