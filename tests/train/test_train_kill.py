@@ -141,7 +141,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("room_bytes", [0, 2_000, 60_000, 150_000, 300_000])
+@pytest.mark.parametrize(
+    "room_bytes",
+    [2_000, 150_000, *(pytest.param(room, marks=pytest.mark.slow) for room in (0, 60_000, 300_000))],
+)
 def test_a_disk_that_fills_up_leaves_what_was_saved(write_recipe: Any, small_disk: Path, room_bytes: int) -> None:
     """After step 3 only so much is left, which is too little for a line, for a checkpoint, or for two."""
     path = write_recipe(checkpoint={"save_steps": 1, "save_total_limit": 9}, peft={"r": 16, "lora_alpha": 8})

@@ -123,8 +123,16 @@ HARD = (
 )
 
 
-@pytest.mark.parametrize("packing", ["false", "true"])
-@pytest.mark.parametrize("step", [1, 4, 5, "last - 1"])
+@pytest.mark.parametrize(
+    ("packing", "step"),
+    [
+        ("false", 1),
+        ("true", 5),
+        ("false", "last - 1"),
+        *(pytest.param("true", step, marks=pytest.mark.slow) for step in (1, 4, "last - 1")),
+        *(pytest.param("false", step, marks=pytest.mark.slow) for step in (4, 5)),
+    ],
+)
 def test_a_run_stopped_at_any_step_ends_as_the_whole_one(
     write_recipe: Any, tmp_path: Path, packing: str, step: int | str
 ) -> None:
