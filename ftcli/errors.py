@@ -16,9 +16,18 @@ Anything else that escapes is a bug in ftcli: exit code 1, with its traceback.
 
 from __future__ import annotations
 
+import errno
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+_MEMORY_WORDS = (  # of errors that have no type of their own for it
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+    "CUDA out of memory",
+    "failed to map segment",
+)
 
 
 @dataclass(frozen=True)
@@ -113,16 +122,6 @@ class MemoryExhausted(FtcliError):
     code = "memory"
 
 
-# what libraries say when memory runs out, in errors that have no type of their own for it
-MEMORY_WORDS = (
-    "can't allocate memory",
-    "Cannot allocate memory",
-    "std::bad_alloc",
-    "CUDA out of memory",
-    "failed to map segment",
-)
-
-
 class VerificationFailed(FtcliError):
     """An artifact was written but is not the model it was made from."""
 
@@ -152,3 +151,14 @@ def explain_stop(error: KeyboardInterrupt) -> Interrupted:
     """The stop that a signal made, in words; without a number it was SIGINT."""
     number = error.signal_number if isinstance(error, Stopped) else int(signal.SIGINT)
     return Interrupted(f"stopped by {signal.Signals(number).name}", signal_number=number)
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Whether host or device memory ran out, in the many ways that torch, safetensors and C++ have to say so."""
+    if isinstance(error, FtcliError):
+        return False
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return any(words in str(error) for words in _MEMORY_WORDS)

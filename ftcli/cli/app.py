@@ -16,7 +16,6 @@ from typer.exceptions import Abort, TyperException
 from ftcli import __version__
 from ftcli.cli import chat, console, env, inspect, recipe, tokenize, train
 from ftcli.errors import (
-    MEMORY_WORDS,
     DiskError,
     FtcliError,
     Interrupted,
@@ -24,6 +23,7 @@ from ftcli.errors import (
     Stopped,
     UsageError,
     explain_stop,
+    is_memory_error,
 )
 from ftcli.train.stop import received
 
@@ -67,9 +67,7 @@ class ErrorGroup(TyperGroup):
         except Exception as error:
             if received and not isinstance(error, Interrupted):  # a library's word for our Stopped
                 raise explain_stop(Stopped(received[0])) from None
-            if isinstance(error, FtcliError):
-                raise
-            if isinstance(error, MemoryError) or any(words in str(error) for words in MEMORY_WORDS):
+            if is_memory_error(error):
                 raise _explain_memory(error) from error
             raise
         return result

@@ -182,9 +182,8 @@ def has_reference(example: Example) -> bool:
     return bool(example.messages and example.messages[-1].role == "assistant" and example.messages[-1].content)
 
 
-def find_unfit(examples: Sequence[Example], metric: str, pattern: str | None = None) -> list[Problem]:
-    """What is wrong with each row that has an answer against which none could be held."""
-    asked = [example for example in examples if has_reference(example)]
+def find_unfit(asked: Sequence[Example], metric: str, pattern: str | None = None) -> list[Problem]:
+    """What is wrong with each row, of those that have an answer, against which none could be held."""
     found = ((e, check_reference(e.messages[-1].content or "", metric, pattern)) for e in asked)
     return [Problem(what, example.place) for example, what in found if what]
 

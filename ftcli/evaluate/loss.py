@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from ftcli.data.batch import IGNORE_LABEL, Batch, build_batch
 from ftcli.data.chat import Rendered
+from ftcli.data.documents import Documents
 
 
 def compute_loss_sum(model: Any, batch: Batch) -> torch.Tensor:
@@ -88,7 +89,7 @@ def measure_losses(
     sums: list[float] = []
     n_targets: list[int] = []
     try:
-        for group in group_lengths([len(document.ids) for document in documents], batch_tokens):
+        for group in group_lengths(_list_lengths(documents), batch_tokens):
             check_stop()
             batch = build_batch([documents[i] for i in group]).to(device)
             counts = batch.count_targets()
@@ -98,6 +99,10 @@ def measure_losses(
     finally:
         model.train(was_training)
     return DocumentLosses(tuple(sums), tuple(n_targets))
+
+
+def _list_lengths(documents: Sequence[Rendered]) -> list[int]:
+    return documents.lengths if isinstance(documents, Documents) else [len(document.ids) for document in documents]
 
 
 def group_lengths(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, ...]]:

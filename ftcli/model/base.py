@@ -6,14 +6,13 @@ missing, left over or of another shape, and only ``Linear4bit`` modules are ever
 
 from __future__ import annotations
 
-import errno
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ftcli.errors import MEMORY_WORDS, ContentError, FtcliError, UsageError
+from ftcli.errors import ContentError, UsageError, is_memory_error
 from ftcli.recipe import ModelSection, QuantizationSection
 from ftcli.store.gguf_header import read_gguf_header
 from ftcli.store.target import ModelFiles
@@ -44,17 +43,6 @@ def has_cpu_bf16() -> bool:
     """Whether this CPU multiplies matrices in bfloat16 with instructions of its own."""
     probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return bool(probe and probe())
-
-
-def is_memory_error(error: BaseException) -> bool:
-    """Whether host or device memory ran out, in the many ways that torch, safetensors and C++ have to say so."""
-    if isinstance(error, FtcliError):
-        return False
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return any(words in str(error) for words in MEMORY_WORDS)
 
 
 def build_skeleton(files: ModelFiles, model: ModelSection) -> nn.Module:

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ftcli.errors import ContentError, UsageError
-from ftcli.model.base import build_skeleton, count_embedding_rows, is_memory_error, load_model
+from ftcli.errors import ContentError, UsageError, is_memory_error
+from ftcli.model.base import build_skeleton, count_embedding_rows, load_model
 from ftcli.model.target import Targets, list_modules, plan_targets
 from ftcli.recipe import PeftSection, Recipe
 from ftcli.store.target import ModelFiles, suggest_path

@@ -10,9 +10,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ftcli.errors import DiskError, FtcliError, Interrupted, MemoryExhausted, NumericError, explain_stop
+from ftcli.errors import (
+    DiskError,
+    FtcliError,
+    Interrupted,
+    MemoryExhausted,
+    NumericError,
+    explain_stop,
+    is_memory_error,
+)
 from ftcli.events import Notice, OnEvent, Saved, Stage, StepDone
-from ftcli.model.base import choose_device, is_memory_error
+from ftcli.model.base import choose_device
 from ftcli.model.build import count_parameters
 from ftcli.recipe import Recipe
 from ftcli.store.file import check_free, free_bytes, sync_file
@@ -168,10 +176,10 @@ class Execution:
     def _rehearse(self) -> None:
         """Nothing; the largest batches fit, and so will a checkpoint and the artifact."""
         self.on_event(Stage("try", "the largest batches, forward and back"))
+        documents = self.prepared.split.train.documents
         rehearse(
             self.recipe,
-            self.prepared.split.train.documents,
-            self.prepared.plan,
+            [[documents[i] for i in group] for group in self.prepared.largest],
             [part.documents for part in self.prepared.split.held_out],
             self.engine.wrapped_model,
             self.engine.accelerator,

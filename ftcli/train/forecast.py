@@ -16,7 +16,6 @@ from ftcli.recipe import Recipe
 from ftcli.store.target import read_config
 from ftcli.store.weight import WeightTable, read_weight_table
 from ftcli.train.prepare import Prepared
-from ftcli.train.rehearsal import find_largest
 
 _STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _WINDOW_BYTES = 1 << 16
@@ -61,7 +60,7 @@ def forecast_run(prepared: Prepared) -> RunForecast | None:
         return None
     documents = prepared.split.train.documents
     lengths, targets = documents.lengths, documents.count_targets().tolist()
-    largest = find_largest(recipe, documents, prepared.plan)[0]
+    largest = prepared.largest[0]
     training = replace(
         training,
         tokens=sum(lengths[index] for index in largest),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from ftcli.train.best import check_metric
 from ftcli.train.change import list_identity
 from ftcli.train.loop import Plan, plan_run
 from ftcli.train.optim import plan_warmup
+from ftcli.train.rehearsal import Group, find_largest
 
 _TOLD_ELSEWHERE = ("no-target", "typed-special", "history")
 
@@ -53,6 +55,11 @@ class Prepared:
     @property
     def recipe(self) -> Recipe:
         return self.loaded.recipe
+
+    @cached_property
+    def largest(self) -> list[Group]:
+        """The micro-batches that take the most memory, the one with the most tokens first."""
+        return find_largest(self.recipe, self.split.train.documents, self.plan)
 
     @property
     def identity(self) -> dict[str, Any]:

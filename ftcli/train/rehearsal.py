@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ftcli.data.batch import build_batch
+from ftcli.data.chat import Rendered
 from ftcli.data.documents import Documents
 from ftcli.evaluate.loss import compute_mean_loss, group_lengths
 from ftcli.recipe import Recipe
@@ -47,8 +48,7 @@ def _list_batches(recipe: Recipe, documents: Documents, plan: Plan) -> Iterator[
 
 def rehearse(
     recipe: Recipe,
-    documents: Documents,
-    plan: Plan,
+    largest: Sequence[Sequence[Rendered]],
     held_out: Sequence[Documents],
     model: torch.nn.Module,
     accelerator: Any,
@@ -62,8 +62,7 @@ def rehearse(
 
     Args:
         recipe: what is trained.
-        documents: to train on.
-        plan: its steps.
+        largest: the documents of each micro-batch to try.
         held_out: documents that evaluation will see.
         model: as it is trained, wrapped.
         accelerator: for device and precision.
@@ -71,8 +70,8 @@ def rehearse(
         has_moments: the optimizer holds its moments already; else their memory is taken for as long as this lasts.
     """
     moments = [] if has_moments else [torch.zeros_like(p) for _, p in list_trained(plain_model) for _ in range(2)]
-    for group in find_largest(recipe, documents, plan):
-        batch = build_batch([documents[i] for i in group])
+    for documents in largest:
+        batch = build_batch(documents)
         add_gradients(model, batch, accelerator, batch.n_targets)
     for parameter in plain_model.parameters():
         parameter.grad = None

@@ -12,9 +12,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ftcli.errors import ContentError, MemoryExhausted, UsageError
+from ftcli.errors import ContentError, MemoryExhausted, UsageError, is_memory_error
 from ftcli.events import Notice, OnEvent, ignore_event
-from ftcli.model.base import is_memory_error
 from ftcli.recipe import LoadedRecipe, load_recipe
 from ftcli.store.file import explain_disk_error, hash_file
 from ftcli.store.run import (

@@ -14,9 +14,8 @@ import torch
 from conftest import build_model, save_model
 from safetensors.torch import load_file
 
-from ftcli.errors import MemoryExhausted, NumericError
+from ftcli.errors import MemoryExhausted, NumericError, is_memory_error
 from ftcli.events import Notice, StepDone, ignore_event
-from ftcli.model.base import is_memory_error
 from ftcli.model.forecast import forecast_memory
 from ftcli.recipe import load_recipe
 from ftcli.store.run import RunFolder, read_lines, read_manifest
