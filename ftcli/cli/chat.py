@@ -32,10 +32,12 @@ def chat(
         raise typer.BadParameter("needs --prompt", param_hint="--json")
     with console.reporting(quiet=quiet or json, verbose=verbose):
         from ftcli.evaluate.generate import Sampling
-        from ftcli.jobs.chat import load_chat_model
+        from ftcli.evaluate.subject import open_subject, require_base
 
-        model = load_chat_model(target, with_base=compare_base)
-    sampling = Sampling(temperature, top_p, top_k, seed, max_new_tokens)
+        model = open_subject(target, with_base=compare_base)
+        if compare_base:
+            require_base(model)
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_new_tokens=max_new_tokens)
     if target is None and not quiet:
         console.print_talk(f"newest finished run: {model.name}")
     if prompt is None:

@@ -19,7 +19,7 @@ from ftcli.events import EvalDone, Event, Notice, OnEvent, Progress, Sampled, Sa
 
 if TYPE_CHECKING:
     from ftcli.evaluate.generate import Sampling
-    from ftcli.jobs.chat import ChatModel
+    from ftcli.evaluate.subject import Subject
     from ftcli.jobs.environment import Environment
     from ftcli.jobs.summary import RunSummary
     from ftcli.recipe import LoadedRecipe
@@ -239,7 +239,7 @@ def show_environment(environment: Environment, *, as_json: bool) -> None:
 
 
 def ask_once(
-    model: ChatModel,
+    model: Subject,
     sampling: Sampling,
     prompt: str,
     *,
@@ -250,17 +250,17 @@ def ask_once(
     """Nothing; the answer to ``prompt`` is on stdout, streamed in a terminal."""
     messages = _start_messages(system, prompt)
     if as_json:
-        base = model.answer(messages, sampling, use_base=True) if compare_base else None
+        base = model.base.answer(messages, sampling) if compare_base and model.base else None
         answer = model.answer(messages, sampling)
         document = {"target": model.name, "prompt": prompt, "answer": answer, "base_answer": base}
         print_json({"schema": SCHEMA, "command": "chat", **document})
         return
-    if compare_base:
-        _show_answer(model, sampling, messages, "base:  ", use_base=True)
+    if compare_base and model.base:
+        _show_answer(model.base, sampling, messages, "base:  ")
     _show_answer(model, sampling, messages, "tuned: " if compare_base else "")
 
 
-def converse(model: ChatModel, sampling: Sampling, *, system: str | None, compare_base: bool) -> None:
+def converse(model: Subject, sampling: Sampling, *, system: str | None, compare_base: bool) -> None:
     """Nothing; returns when the person ends the conversation."""
     print_talk("an empty line or Ctrl-D ends the conversation")
     messages = _start_messages(system, None)
@@ -274,8 +274,8 @@ def converse(model: ChatModel, sampling: Sampling, *, system: str | None, compar
         from ftcli.data.message import Message
 
         messages.append(Message("user", line))
-        if compare_base:
-            _show_answer(model, sampling, messages, "base:  ", use_base=True)
+        if compare_base and model.base:
+            _show_answer(model.base, sampling, messages, "base:  ")
         answer = _show_answer(model, sampling, messages, "tuned: " if compare_base else "")
         messages.append(Message("assistant", answer))
 
@@ -287,14 +287,12 @@ def _start_messages(system: str | None, prompt: str | None) -> list[Any]:
     return [*messages, Message("user", prompt)] if prompt is not None else messages
 
 
-def _show_answer(
-    model: ChatModel, sampling: Sampling, messages: list[Any], label: str, *, use_base: bool = False
-) -> str:
+def _show_answer(model: Subject, sampling: Sampling, messages: list[Any], label: str) -> str:
     if not sys.stdout.isatty():
-        answer = model.answer(messages, sampling, use_base=use_base)
+        answer = model.answer(messages, sampling)
         print_text(label + answer)
         return answer
     print(label, end="", flush=True)
-    answer = model.answer(messages, sampling, use_base=use_base, on_text=lambda piece: print(piece, end="", flush=True))
+    answer = model.answer(messages, sampling, on_text=lambda piece: print(piece, end="", flush=True))
     print(flush=True)
     return answer

@@ -15,13 +15,15 @@ from ftcli.errors import Problem, UsageError
 from ftcli.evaluate.score import build_score, check_reference
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen; ``temperature`` 0 takes the most probable one."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int = 0
     max_new_tokens: int = 512
 
@@ -82,7 +84,10 @@ def generate_texts(
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
+            "min_p": sampling.min_p or None,
         }
+    if sampling.repetition_penalty != 1:
+        options["repetition_penalty"] = sampling.repetition_penalty
     with _configured(model):
         output = model.generate(
             input_ids=ids,
@@ -96,6 +101,18 @@ def generate_texts(
             **options,
         )
     return [_decode(tokenizer, row[width:].tolist(), stops) for row in output]
+
+
+def build_streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
+    """A transformers streamer that hands each finished piece of text to ``on_text``."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):  # type: ignore[misc]
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                on_text(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _poll(check_stop: Callable[[], None], device: torch.device) -> Callable[..., torch.Tensor]:

@@ -28,6 +28,13 @@ def compute_loss_sum(model: Any, batch: Batch) -> torch.Tensor:
     return functional.cross_entropy(*_compute_logits(model, batch), reduction="sum")
 
 
+def compute_logits(
+    model: Any, documents: Sequence[Rendered], *, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits in float32 at the places of ``documents`` whose next token is learned, and the ids of those."""
+    return _compute_logits(model, build_batch(documents).to(device))
+
+
 def _compute_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits in float32 at the places whose next token is learned, and that token's ids: (targets, vocabulary)."""
     targets = torch.nonzero(batch.labels[0] != IGNORE_LABEL).squeeze(1)

@@ -50,7 +50,12 @@ def test_answers_side_by_side_are_those_alone(tiny_tokenizer: Any) -> None:
 def test_sampling_follows_its_seed(tiny_tokenizer: Any) -> None:
     model, renderer = build_model().eval(), ChatRenderer(tiny_tokenizer)
     prompt = renderer.render_prompt([Message("user", "fox")])
-    answers = [generate_texts(model, renderer, [prompt], Sampling(1.5, 0.95, 50, seed, 16))[0] for seed in (1, 1, 2, 3)]
+    answers = [
+        generate_texts(
+            model, renderer, [prompt], Sampling(temperature=1.5, top_p=0.95, top_k=50, seed=seed, max_new_tokens=16)
+        )[0]
+        for seed in (1, 1, 2, 3)
+    ]
     assert answers[0] == answers[1]
     assert len(set(answers)) > 1
 
@@ -78,9 +83,9 @@ def test_scores() -> None:
 def test_the_embedded_model_answers(tmp_path: Path) -> None:
     from conftest import SMOLLM2
 
-    from ftcli.jobs.chat import load_chat_model
+    from ftcli.evaluate.subject import open_subject
 
-    model = load_chat_model(SMOLLM2)
+    model = open_subject(SMOLLM2)
     answer = model.answer([Message("user", "What is the capital of France?")], Sampling(max_new_tokens=20))
     assert "Paris" in answer
     assert model.renderer.tokenizer.convert_ids_to_tokens(model.renderer.tokenizer("in 2026").input_ids)[-4:] == list(

@@ -143,11 +143,11 @@ def test_the_split_of_a_step_changes_nothing(write_recipe: Any, tmp_path: Path) 
 def test_a_run_answers_and_counts_memory(write_recipe: Any, tmp_path: Path, way: str) -> None:
     from ftcli.data.message import Message
     from ftcli.evaluate.generate import Sampling
-    from ftcli.jobs.chat import load_chat_model
+    from ftcli.evaluate.subject import open_subject
 
     held_out = {"datasets": [{"path": "held_out.jsonl"}], "score": "exact_match", "max_new_tokens": 8}
     run = train(write_recipe(eval=held_out), overrides=WAYS[way])
-    model = load_chat_model(str(run.path))
+    model = open_subject(str(run.path))
     greedy = model.answer([Message("user", "question 1")], Sampling(max_new_tokens=8))
     assert greedy == model.answer([Message("user", "question 1")], Sampling(max_new_tokens=8))
     sampled = Sampling(temperature=1.0, top_p=0.9, top_k=20, seed=3, max_new_tokens=8)

@@ -63,8 +63,9 @@ def test_first_loss_and_adapter_with_transformers_and_peft_alone(tmp_path: Path)
     tuned = PeftModel.from_pretrained(base, str(run.adapter)).eval()
     tokenizer = AutoTokenizer.from_pretrained(run.adapter)
     ids = tokenizer("in 2026", return_tensors="pt").input_ids
-    from ftcli.jobs.chat import load_chat_model
+    from ftcli.evaluate.subject import open_subject
 
     with torch.no_grad():
-        ours = load_chat_model(str(run.path)).model(input_ids=ids, use_cache=False).logits
+        opened: Any = open_subject(str(run.path)).backend
+        ours = opened.model(input_ids=ids, use_cache=False).logits
         assert torch.equal(tuned(input_ids=ids, use_cache=False).logits, ours)

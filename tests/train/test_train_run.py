@@ -19,8 +19,8 @@ from ftcli.data.example import read_examples
 from ftcli.data.plan import plan_epoch
 from ftcli.errors import ContentError, DiskError, Interrupted, UsageError
 from ftcli.evaluate.loss import compute_loss_sum
+from ftcli.evaluate.subject import open_subject
 from ftcli.events import EvalDone, StepDone
-from ftcli.jobs.chat import load_chat_model
 from ftcli.recipe import load_recipe
 from ftcli.store.run import RunFolder, locked, read_lines, read_manifest
 from ftcli.train.run import train
@@ -279,8 +279,8 @@ def test_new_tokens_start_at_a_mean_and_travel_with_the_adapter(
     ids = torch.tensor([[5, n, 7, n + 1]])
     logits = tuned(input_ids=ids, use_cache=False).logits
     assert logits.shape[-1] == n + 2
-    chat_model = load_chat_model(str(run.path))
-    assert torch.equal(chat_model.model(input_ids=ids, use_cache=False).logits, logits)
+    chat_model: Any = open_subject(str(run.path))
+    assert torch.equal(chat_model.backend.model(input_ids=ids, use_cache=False).logits, logits)
     still = train(path, overrides=("train.learning_rate=1e-12", f"output_dir={tmp_path / 'still'}"))
     rows = load_file(still.adapter / "adapter_model.safetensors")
     embedded = next(value for name, value in rows.items() if "embed_tokens" in name)
