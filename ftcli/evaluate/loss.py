@@ -7,6 +7,7 @@ its gradient are the same however the step is split.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn import functional
 from ftcli.data.batch import IGNORE_LABEL, Batch, build_batch
 from ftcli.data.chat import Rendered
 from ftcli.data.documents import Documents
+from ftcli.errors import ContentError
 
 
 def compute_loss_sum(model: Any, batch: Batch) -> torch.Tensor:
@@ -31,7 +33,16 @@ def compute_loss_sum(model: Any, batch: Batch) -> torch.Tensor:
 def compute_logits(
     model: Any, documents: Sequence[Rendered], *, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits in float32 at the places of ``documents`` whose next token is learned, and the ids of those."""
+    """Logits in float32 at the places of ``documents`` whose next token is learned, and the ids of those.
+
+    Raises:
+        ContentError: an id has no row in the model's embedding, which on a GPU would end the process's use of it.
+    """
+    n_rows = len(model.get_input_embeddings().weight)
+    for document in documents:
+        if (largest := max(document.ids, default=0)) >= n_rows:
+            where = f"{document.file}:{document.line}"
+            raise ContentError(f"the model has no token {largest}: its embedding has {n_rows} rows", where=where)
     return _compute_logits(model, build_batch(documents).to(device))
 
 
@@ -96,7 +107,7 @@ def measure_losses(
     sums: list[float] = []
     n_targets: list[int] = []
     try:
-        for group in group_lengths(_list_lengths(documents), batch_tokens):
+        for group in group_lengths(list_lengths(documents), batch_tokens):
             check_stop()
             batch = build_batch([documents[i] for i in group]).to(device)
             counts = batch.count_targets()
@@ -108,7 +119,23 @@ def measure_losses(
     return DocumentLosses(tuple(sums), tuple(n_targets))
 
 
-def _list_lengths(documents: Sequence[Rendered]) -> list[int]:
+def compute_perplexity(loss: float) -> float:
+    """e to a mean loss in nats; infinite where that is too large for a number."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def count_targets(documents: Sequence[Rendered]) -> list[int]:
+    """Trained tokens of each document, without its first, which nothing predicts."""
+    if isinstance(documents, Documents):
+        return documents.count_targets().tolist()  # type: ignore[no-any-return]
+    return [sum(document.mask[1:]) for document in documents]
+
+
+def list_lengths(documents: Sequence[Rendered]) -> list[int]:
+    """Tokens of each document."""
     return documents.lengths if isinstance(documents, Documents) else [len(document.ids) for document in documents]
 
 
