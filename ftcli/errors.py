@@ -55,6 +55,7 @@ class FtcliError(Exception):
         self.where = where
         self.why = why
         self.hint = hint
+        self.document: dict[str, object] = {}  # what was made nevertheless, for --json
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.what}" if self.where else self.what]

@@ -5,6 +5,7 @@ The core prints nothing. The CLI turns these into a live line or plain lines; a 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,11 +27,13 @@ class Notice:
 
 @dataclass(frozen=True)
 class Progress:
-    """``done`` of ``total`` items of the current stage are finished."""
+    """``done`` of ``total`` items of the current stage are finished; ``unit`` is ``bytes`` where these are counted."""
 
     stage: str
     done: int
     total: int
+    unit: str = ""
+    seconds_left: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,22 @@ class Saved:
     """A checkpoint or an artifact lies complete under its final name."""
 
     path: str
+
+
+class Pace:
+    """Counts what is done of ``total``, and foretells the rest from the mean pace so far."""
+
+    def __init__(self, stage: str, total: int, *, unit: str = "") -> None:
+        self.stage, self.total, self.unit = stage, total, unit
+        self.done = 0
+        self.started = time.perf_counter()
+
+    def advance(self, amount: int) -> Progress:
+        """What to report after ``amount`` more is done."""
+        self.done += amount
+        elapsed = time.perf_counter() - self.started
+        left = elapsed * (self.total - self.done) / max(1, self.done)
+        return Progress(self.stage, self.done, self.total, self.unit, left)
 
 
 Event = Stage | Notice | Progress | StepDone | EvalDone | Sampled | Saved

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from ftcli import __version__
-from ftcli.cli import chat, console, env, inspect, recipe, tokenize, train
+from ftcli.cli import chat, console, env, inspect, merge, recipe, tokenize, train
 from ftcli.errors import (
     DiskError,
     FtcliError,
@@ -108,6 +108,7 @@ app = typer.Typer(
 app.command("tokenize")(tokenize.tokenize)
 app.command("inspect")(inspect.inspect)
 app.command("train")(train.train)
+app.command("merge")(merge.merge)
 app.command("chat")(chat.chat)
 app.add_typer(recipe.app, name="recipe")
 app.command("env")(env.env)

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ftcli.cli.merged import explain_failure, list_merge
 from ftcli.cli.outcome import format_bytes, format_seconds, list_outcome
 from ftcli.errors import FtcliError
 from ftcli.events import EvalDone, Event, Notice, OnEvent, Progress, Sampled, Saved, Stage, StepDone
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ftcli.evaluate.subject import Subject
     from ftcli.jobs.environment import Environment
     from ftcli.jobs.summary import RunSummary
+    from ftcli.merge.run import Merged
     from ftcli.recipe import LoadedRecipe
 
 SCHEMA = 1
@@ -63,7 +65,7 @@ def show_error(error: FtcliError, *, as_json: bool) -> int:
             "where": error.where or None,
             "hint": error.hint or None,
         }
-        print_json({"schema": SCHEMA, "error": details})
+        print_json({"schema": SCHEMA, **error.document, "error": details})
     label = "error:"
     if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
         label = f"\x1b[1;31m{label}\x1b[0m"
@@ -121,7 +123,7 @@ class Reporter:
             self._show_step(event)
         elif isinstance(event, Progress):
             if self.is_live:
-                self._show_live(f"{event.stage:<10} {event.done}/{event.total}")
+                self._show_live(f"{event.stage:<10} {describe_progress(event)}")
                 self.is_passing = True
         else:
             self.end_line()
@@ -148,6 +150,14 @@ class Reporter:
         width = shutil.get_terminal_size().columns
         _print_error(f"\r{text[: width - 1]}\x1b[K")
         self.has_line, self.is_passing = True, False
+
+
+def describe_progress(event: Progress) -> str:
+    """``12/40``, or for bytes ``1.20 of 16.06 GB, 0:42 left``."""
+    if event.unit != "bytes":
+        return f"{event.done}/{event.total}"
+    left = "" if event.seconds_left is None else f", {format_seconds(event.seconds_left)} left"
+    return f"{format_bytes(event.done)} of {format_bytes(event.total)}{left}"
 
 
 def describe_event(event: Event) -> str:
@@ -179,6 +189,23 @@ def show_run(summary: RunSummary, *, as_json: bool) -> None:
         print_json({"schema": SCHEMA, "command": "train", **summary.to_json()})
     else:
         show_lines(list_outcome(summary, width=measure_width()))
+
+
+def show_merged(merged: Merged, *, as_json: bool) -> None:
+    """Nothing; what came of a merge is on stdout.
+
+    Raises:
+        VerificationFailed: the result is not the model that it was made from.
+    """
+    error = explain_failure(merged)
+    if as_json and error:
+        error.document = {"command": "merge", **merged.to_json()}
+    elif as_json:
+        show_document("merge", merged.to_json())
+    else:
+        show_lines(list_merge(merged))
+    if error:
+        raise error
 
 
 def show_lines(lines: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ reference ─▶ Subject(name, renderer, backend, base)      backend: logits whe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,7 +121,8 @@ def open_subject(reference: str | None = None, *, with_base: bool = False) -> Su
         if path.name == "adapter" and run.holds_run():
             return replace(_open_run(run, with_base=with_base), name=reference)
         base = read_base(path)
-        return _open_on_base(reference, path, base, ModelSection(name_or_path=base), None)
+        files, section = find_model(base), ModelSection(name_or_path=base)
+        return open_on_base(reference, path, files, section, None, _open_renderer(path, files))
     return _open_plain(reference, find_model(reference), ModelSection(name_or_path=reference))
 
 
@@ -132,12 +133,7 @@ def _open_plain(name: str, files: ModelFiles, section: ModelSection, kwargs: Any
 
 def _open_run(run: RunFolder, *, with_base: bool) -> Subject:
     manifest = read_manifest(run)
-    if manifest.get("state") != "finished":
-        raise ContentError(
-            f"the run is {manifest.get('state')}, not finished",
-            where=str(run.path),
-            hint=f"go on with it: ftcli train {run.recipe} --set output_dir={run.path} --resume",
-        )
+    check_finished(run, manifest)
     check_files(run)
     recipe = load_recipe(run.recipe).recipe
     kwargs = recipe.tokenizer.chat_template_kwargs
@@ -149,38 +145,47 @@ def _open_run(run: RunFolder, *, with_base: bool) -> Subject:
         model = load_plain(find_model(name, revision=manifest["base"]["revision"]), recipe.model)
         return replace(subject, base=Subject(name, subject.renderer, TorchBackend(model, subject.renderer)))
     base = manifest["base"]
-    return _open_on_base(
-        str(run.path),
-        run.adapter,
-        recipe.model.name_or_path,
-        recipe.model,
-        recipe.quantization if recipe.is_4bit else None,
-        expected=base["fingerprint"],
-        revision=base["revision"],
-        kwargs=kwargs,
-    )
+    files = find_model(recipe.model.name_or_path, revision=base["revision"] or recipe.model.revision)
+    check_base(files, base["fingerprint"])
+    quantization = recipe.quantization if recipe.is_4bit else None
+    renderer = _open_renderer(run.adapter, files, kwargs)
+    return open_on_base(str(run.path), run.adapter, files, recipe.model, quantization, renderer)
 
 
-def _open_on_base(
-    name: str,
-    adapter: Path,
-    reference: str,
-    section: ModelSection,
-    quantization: Any,
-    expected: str | None = None,
-    revision: str | None = None,
-    kwargs: Any = None,
+def _open_renderer(adapter: Path, files: ModelFiles, kwargs: Any = None) -> ChatRenderer:
+    """Tokenizer and template as they were trained, where the adapter brings them; else the base's."""
+    is_own = (adapter / "tokenizer.json").exists()
+    return ChatRenderer(load_tokenizer(ModelFiles(str(adapter), adapter) if is_own else files), kwargs)
+
+
+def open_on_base(
+    name: str, adapter: Path, files: ModelFiles, section: ModelSection, quantization: Any, renderer: ChatRenderer
 ) -> Subject:
-    files = find_model(reference, revision=revision or section.revision)
-    check_base(files, expected)
-    has_tokenizer = (adapter / "tokenizer.json").exists()
-    renderer = ChatRenderer(load_tokenizer(ModelFiles(str(adapter), adapter) if has_tokenizer else files), kwargs)
+    """The adapter on the base in ``files``, with the same without the adapter as its base.
+
+    Raises:
+        ContentError: base or adapter are damaged, or do not fit each other.
+    """
     model = load_plain(files, section, quantization)
     if len(renderer.tokenizer) > count_embedding_rows(model):  # added tokens; their rows come with the adapter
         model.resize_token_embeddings(len(renderer.tokenizer), mean_resizing=False)
     tuned = TorchBackend(load_adapter(model, adapter), renderer, has_adapter=True)
-    base = Subject(reference, renderer, replace(tuned, uses_adapter=False))
+    base = Subject(files.reference, renderer, replace(tuned, uses_adapter=False))
     return Subject(name, renderer, tuned, base)
+
+
+def check_finished(run: RunFolder, manifest: Mapping[str, Any]) -> None:
+    """None if the run has come to its end.
+
+    Raises:
+        ContentError: it has not.
+    """
+    if manifest.get("state") != "finished":
+        raise ContentError(
+            f"the run is {manifest.get('state')}, not finished",
+            where=str(run.path),
+            hint=f"go on with it: ftcli train {run.recipe} --set output_dir={run.path} --resume",
+        )
 
 
 def check_base(files: ModelFiles, expected: str | None) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight")
 _DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 _OFFSETS = {"Q4_0": 2, "Q4_1": 4}  # bytes of a block before its 32 nibbles: a scale, or scale and minimum in float16
+_DEFAULT_ALPHA = 8  # of peft.LoraConfig
 _CHUNK = 1 << 22
 _BLOCKS = 1 << 13  # their float32 nibbles fit into a cache
 
@@ -122,7 +123,7 @@ def measure_movement(
         a, b = read_array(folder, pair["A"]), read_array(folder, pair["B"])
         if a.shape[0] != b.shape[1] or not a.shape[0]:
             raise ContentError(f"{name}: lora_A is {a.shape} and lora_B {b.shape}", where=str(folder))
-        norm = _find_scale(config, name, a.shape[0], folder) * _measure_product(a, b)
+        norm = find_scale(config, name, a.shape[0], folder) * _measure_product(a, b)
         place = locate_tensor(f"{name}.weight")
         moved.append(Moved(name, place.layer, place.module, norm, measure_base(name)))
     return tuple(moved)
@@ -147,9 +148,15 @@ def _take_root(square: float) -> float:
     return square if math.isnan(square) else math.sqrt(max(0.0, square))
 
 
-def _find_scale(config: Mapping[str, Any], name: str, rank: int, folder: Path) -> float:
+def find_scale(config: Mapping[str, Any], name: str, rank: int, folder: Path) -> float:
+    """The factor of B·A in the module ``name``, by the ``adapter_config.json`` in ``folder``.
+
+    Raises:
+        ContentError: it is no finite number.
+    """
+    default = config.get("lora_alpha")
     try:
-        alpha = float(_match(config.get("alpha_pattern") or {}, name, config.get("lora_alpha") or rank))
+        alpha = float(_match(config.get("alpha_pattern") or {}, name, _DEFAULT_ALPHA if default is None else default))
     except (TypeError, ValueError, OverflowError, AttributeError, re.error) as error:
         where = str(folder / "adapter_config.json")
         raise ContentError(f"lora_alpha or alpha_pattern cannot be read: {error}", where=where) from error

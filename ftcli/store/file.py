@@ -6,9 +6,11 @@ A write goes to a temporary name in the same folder, then fsync, then rename.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -79,9 +81,12 @@ def staged_folder(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
     Raises:
         DiskError: the disk is full or the folder may not be written; nothing is left behind.
     """
-    staging = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    prefix = f".{final.name}.tmp-{platform.node()}-"
+    staging = final.with_name(f"{prefix}{os.getpid()}")
     with disk_errors(final, needed_bytes):
-        shutil.rmtree(staging, ignore_errors=True)
+        for left in final.parent.glob(f"{glob.escape(prefix)}*"):
+            if not _is_alive(left.name.removeprefix(prefix)):  # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
         check_free(final, needed_bytes)
         staging.mkdir(parents=True)
         try:
@@ -90,6 +95,19 @@ def staged_folder(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
             replace_folder(staging, final)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _is_alive(process: str) -> bool:
+    """Whether another process of this number is there."""
+    if not process.isdecimal() or int(process) == os.getpid():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def make_folder(folder: Path) -> None:
@@ -205,7 +223,7 @@ def explain_disk_error(error: OSError, path: Path, needed_bytes: int = 0) -> Dis
         return DiskError(
             f"the disk is full: {needed}{free:,} bytes are free",
             where=str(path),
-            hint="free some space, or set output_dir to another disk; what was saved before is intact",
+            hint="free some space, or write to another disk; what was saved before is intact",
         )
     reason = error.strerror or str(error)
     return DiskError(f"cannot write: {reason.lower()}", where=str(path), hint="choose a folder you may write to")

@@ -28,7 +28,7 @@ _HUB_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 _HUB_FILES = [*_HUB_TEXTS, "*.safetensors"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _VOLATILE_CONFIG_KEYS = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
-_SAMPLES, _SAMPLE_BYTES, _HEAD_BYTES = 64, 4096, 1 << 20
+_BLOCK_BYTES, _TENSOR_BLOCKS, _FILE_BLOCKS = 4096, 8, 256
 
 
 @dataclass(frozen=True)
@@ -264,22 +264,37 @@ def list_weight_files(files: ModelFiles) -> list[Path]:
 
 
 def fingerprint_model(files: ModelFiles) -> str:
-    """A hash that tells this base from any other, also from one of equal shapes: ``sampled-sha256:HEX``.
+    """A hash that tells this base from any other, also from one of equal shapes: ``tensors-sha256:HEX``.
 
-    Covers the config (without keys that merely record who saved it) and of every weight file its size, its
-    first MiB and 64 blocks spread evenly over it: a fine-tuned twin differs nearly everywhere, and 140 GB are
-    told apart in a second.
+    Covers the config (without keys that merely record who saved it) and of every tensor its name, type, shape and
+    blocks spread evenly over it: a fine-tuned twin differs nearly everywhere, and 140 GB are told apart in seconds.
+    How the tensors are spread over files does not count. A .bin file, whose tensors lie anywhere, is sampled whole.
     """
+    from ftcli.store.weight import read_weight_table
+
     digest = hashlib.sha256()
     if not files.gguf_file:
         config = {k: v for k, v in read_config(files).items() if k not in _VOLATILE_CONFIG_KEYS}
         digest.update(json.dumps(config, sort_keys=True).encode())
-    for path in list_weight_files(files):
-        size_bytes = path.stat().st_size
-        digest.update(f"{path.name}:{size_bytes}\n".encode())
-        with path.open("rb") as stream:
-            digest.update(stream.read(_HEAD_BYTES))
-            for index in range(_SAMPLES):
-                stream.seek(size_bytes * index // _SAMPLES)
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return f"sampled-sha256:{digest.hexdigest()}"
+    list_weight_files(files)
+    table = read_weight_table(files.gguf_path or files.folder)
+    for entry in sorted(table.tensors, key=lambda entry: entry.name):
+        digest.update(f"{entry.name}:{entry.dtype}:{entry.shape}\n".encode())
+        if entry.offset is not None:
+            _sample(digest, files.folder / entry.file, entry.offset, entry.size_bytes)
+    for file in table.files:
+        if file.format == "bin":
+            _sample(digest, files.folder / file.name, 0, file.size_bytes, n_blocks=_FILE_BLOCKS)
+    return f"tensors-sha256:{digest.hexdigest()}"
+
+
+def _sample(digest: Any, path: Path, offset: int, size_bytes: int, n_blocks: int = _TENSOR_BLOCKS) -> None:
+    """Nothing; ``digest`` has seen blocks of these bytes, or all of them where they are few."""
+    with path.open("rb") as stream:
+        if size_bytes <= n_blocks * _BLOCK_BYTES:
+            stream.seek(offset)
+            digest.update(stream.read(size_bytes))
+            return
+        for index in range(n_blocks):
+            stream.seek(offset + (size_bytes - _BLOCK_BYTES) * index // (n_blocks - 1))
+            digest.update(stream.read(_BLOCK_BYTES))

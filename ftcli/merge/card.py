@@ -1,0 +1,83 @@
+"""The merged model's README.md: what it is, what it was made from, and how it was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from ftcli.merge.verify import Verification
+
+
+def build_card(
+    name: str, manifest: Mapping[str, Any], verification: Verification | None, *, datasets: list[str]
+) -> str:
+    """Markdown with the front matter that the Hub reads."""
+    base = manifest["base"]["id"]
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if "://" not in base and not base.startswith(("/", ".", "~")):
+        front["base_model"] = base
+    front["tags"] = ["ftcli", "lora", "merged"]
+    onto = "the dequantised 4-bit weights" if manifest["onto"] == "dequantized" else "the original weights"
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).rstrip(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"`{base}`, fine-tuned with LoRA and merged by ftcli"
+        f" into {onto} ({manifest['dtype']}, one rounding of the float32 sum).",
+        "",
+    ]
+    if datasets:
+        lines += [f"Trained on: {', '.join(f'`{path}`' for path in datasets)}.", ""]
+    lines += _describe_delta(manifest["delta"])
+    lines += ["## Verification", "", *_describe_verification(verification), ""]
+    lines += ["## Use", "", "```python", *_USE, "```", ""]
+    return "\n".join(lines)
+
+
+_USE = (
+    "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "",
+    'path = "."  # this folder',
+    'model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype="auto"), AutoTokenizer.from_pretrained(path)',
+    'messages = [{"role": "user", "content": "…"}]',
+    'options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}',
+    "inputs = tokenizer.apply_chat_template(messages, **options)",
+    "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0, inputs.input_ids.shape[1] :]))",
+)
+
+
+def _describe_delta(delta: Mapping[str, Any]) -> list[str]:
+    if not delta["modules"]:
+        return []
+    return [
+        f"Of the update of {delta['modules']} modules, {delta['kept']:.1%} survived the rounding "
+        f"(least: {delta['least_kept']:.1%}, `{delta['least_module']}`).",
+        "",
+    ]
+
+
+def _describe_verification(verification: Verification | None) -> list[str]:
+    if verification is None:
+        return ["Not verified."]
+    if not verification.sets:
+        return [
+            "The models were not compared: tensors were checked one by one instead, against base and adapter. The "
+            f"largest error is {verification.worst_error:.2f} of what rounding allows (`{verification.worst_tensor}`)."
+        ]
+    lines = [
+        "Adapter on its base against this model, per trained token:",
+        "",
+        "| rows | tokens | KL (nats) | bound | top-1 | loss, adapter | loss, merged |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, verdict in verification.sets.items():
+        found = verdict.comparison
+        cells = [name.replace("_", " "), str(found.n_tokens), f"{found.kl:.5f}", f"{verdict.most_kl:.3f}"]
+        cells += [f"{found.top1:.2%}", f"{found.loss_source:.4f}", f"{found.loss_result:.4f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
