@@ -170,3 +170,41 @@ def write_recipe(tmp_path: Path, tiny_model: Path, write_rows: Any) -> Any:
         return path
 
     return write
+
+
+@pytest.fixture
+def make_adapter(tmp_path: Path, tiny_tokenizer: Any) -> Any:
+    """A function that saves a base and an adapter on it, and returns their folders."""
+
+    def make(
+        kind: str = "llama",
+        *,
+        tied: bool = True,
+        dtype: str = "float32",
+        n_new: int = 0,
+        shard_size: str = "50GB",
+        **lora: Any,
+    ) -> tuple[Path, Path]:
+        import torch
+        from peft import LoraConfig, get_peft_model
+
+        model = build_model(kind, tied=tied).to(getattr(torch, dtype))
+        base = save_model(tmp_path / "base", model, tiny_tokenizer)
+        model.save_pretrained(base, max_shard_size=shard_size)
+        if n_new:
+            model.resize_token_embeddings(model.config.vocab_size + n_new, mean_resizing=False)
+        lora = {"target_modules": "all-linear", "r": 4, "lora_alpha": 8, **lora}
+        torch.manual_seed(1)
+        wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **lora))
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if parameter.requires_grad and ("magnitude" in name or "lora_" not in name):
+                    parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+        adapter = tmp_path / "adapter"
+        wrapped.save_pretrained(str(adapter), save_embedding_layers=False)
+        config = adapter / "adapter_config.json"
+        named = config.read_text().replace('"base_model_name_or_path": null', f'"base_model_name_or_path": "{base}"')
+        config.write_text(named)
+        return base, adapter
+
+    return make
