@@ -23,8 +23,8 @@ def list_merge(merged: Merged) -> Iterator[str]:
     tensors = f"{merged.n_merged} of {merged.n_merged + merged.n_copied} tensors changed"
     yield f"  {'weights':<9} {format_bytes(merged.size_bytes)}, {tensors}"
     if (delta := merged.delta)["modules"]:
-        yield f"  {'update':<9} {delta['kept']:.1%} of it survived the rounding to {merged.dtype};"
-        yield f"  {'':<9} the least, {delta['least_kept']:.1%}, in {delta['least_module']}"
+        yield f"  {'update':<9} {min(1, delta['kept']):.1%} of it survived the rounding to {merged.dtype};"
+        yield f"  {'':<9} the least, {min(1, delta['least_kept']):.1%}, in {delta['least_module']}"
     if merged.verification is None:
         yield f"  {'verified':<9} no"
     elif not merged.verification.sets:

@@ -55,8 +55,8 @@ def _describe_delta(delta: Mapping[str, Any]) -> list[str]:
     if not delta["modules"]:
         return []
     return [
-        f"Of the update of {delta['modules']} modules, {delta['kept']:.1%} survived the rounding "
-        f"(least: {delta['least_kept']:.1%}, `{delta['least_module']}`).",
+        f"Of the update of {delta['modules']} modules, {min(1, delta['kept']):.1%} survived the rounding "
+        f"(least: {min(1, delta['least_kept']):.1%}, `{delta['least_module']}`).",
         "",
     ]
 
