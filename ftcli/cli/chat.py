@@ -6,8 +6,11 @@ from typing import Annotated
 
 import typer
 
-from ftcli.cli import console
+from ftcli.cli import console, dialogue
+from ftcli.cli.line import LineReader
 from ftcli.cli.option import Json, Quiet, Verbose
+from ftcli.events import Stage
+from ftcli.store.cache import find_cache
 
 
 def chat(
@@ -20,6 +23,10 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep the likeliest tokens of this mass.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Keep this many tokens; 0 keeps all.")] = 0,
+    min_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Keep tokens this likely, beside the likeliest.")
+    ] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1: what was said is less likely.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="For sampling.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Also let the base model answer.")] = False,
@@ -30,17 +37,29 @@ def chat(
     """Talk to a run, an adapter or a model."""
     if prompt is None and json:
         raise typer.BadParameter("needs --prompt", param_hint="--json")
-    with console.reporting(quiet=quiet or json, verbose=verbose):
+    with console.reporting(quiet=quiet or json, verbose=verbose) as report:
+        report(Stage("loading", target or "the newest finished run"))
         from ftcli.evaluate.generate import Sampling
-        from ftcli.evaluate.subject import open_subject, require_base
+        from ftcli.evaluate.subject import open_subject
+        from ftcli.jobs.chat import COMMANDS, Conversation, check_sampling
 
+        sampling = Sampling(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+        )
+        check_sampling(sampling)
         model = open_subject(target, with_base=compare_base)
-        if compare_base:
-            require_base(model)
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_new_tokens=max_new_tokens)
+        conversation = Conversation(model, sampling, system=system, compares=compare_base)
     if target is None and not quiet:
         console.print_talk(f"newest finished run: {model.name}")
-    if prompt is None:
-        console.converse(model, sampling, system=system, compare_base=compare_base)
-    else:
-        console.ask_once(model, sampling, prompt, system=system, compare_base=compare_base, as_json=json)
+    if prompt is not None:
+        dialogue.ask_once(conversation, prompt, as_json=json, quiet=quiet)
+        return
+    reader = LineReader(list(COMMANDS), find_cache("chat_history"), console.print_marker)
+    if code := dialogue.converse(conversation, reader, quiet=quiet):
+        raise typer.Exit(code)

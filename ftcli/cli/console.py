@@ -19,8 +19,6 @@ from ftcli.errors import FtcliError
 from ftcli.events import EvalDone, Event, Notice, OnEvent, Progress, Sampled, Saved, Stage, StepDone
 
 if TYPE_CHECKING:
-    from ftcli.evaluate.generate import Sampling
-    from ftcli.evaluate.subject import Subject
     from ftcli.jobs.environment import Environment
     from ftcli.jobs.summary import RunSummary
     from ftcli.merge.run import Merged
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 _PLAIN_LINES = 20  # about as many step lines as a log of a whole run should have
 _LONGEST_LINE = 2000
+_CONTROL = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}  # not for a terminal
 
 
 def print_text(text: str = "") -> None:
@@ -36,9 +35,24 @@ def print_text(text: str = "") -> None:
     print(text, flush=True)
 
 
+def print_piece(text: str) -> None:
+    """Nothing; ``text`` is on stdout as a part of a line, harmless to a terminal."""
+    print(text.translate(_CONTROL) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def print_label(text: str) -> None:
+    """Nothing; ``text`` begins a line of stdout, bold where that has colours."""
+    print(f"\x1b[1m{text}\x1b[0m" if text and has_colour() else text, end="", flush=True)
+
+
 def print_talk(text: str) -> None:
     """Nothing; ``text`` is a line on stderr, if anybody reads that."""
     _print_error(text + "\n")
+
+
+def print_marker(text: str) -> None:
+    """Nothing; ``text`` is on stderr, and what is typed follows on its line."""
+    _print_error(text)
 
 
 def _print_error(text: str) -> None:
@@ -263,63 +277,3 @@ def show_environment(environment: Environment, *, as_json: bool) -> None:
         print_text(f"{ability.name:<16} {'yes' if ability.works else 'no ':<3}  {ability.detail}")
         if ability.hint:
             print_text(f"{'':<21} {ability.hint}")
-
-
-def ask_once(
-    model: Subject,
-    sampling: Sampling,
-    prompt: str,
-    *,
-    system: str | None,
-    compare_base: bool,
-    as_json: bool,
-) -> None:
-    """Nothing; the answer to ``prompt`` is on stdout, streamed in a terminal."""
-    messages = _start_messages(system, prompt)
-    if as_json:
-        base = model.base.answer(messages, sampling) if compare_base and model.base else None
-        answer = model.answer(messages, sampling)
-        document = {"target": model.name, "prompt": prompt, "answer": answer, "base_answer": base}
-        print_json({"schema": SCHEMA, "command": "chat", **document})
-        return
-    if compare_base and model.base:
-        _show_answer(model.base, sampling, messages, "base:  ")
-    _show_answer(model, sampling, messages, "tuned: " if compare_base else "")
-
-
-def converse(model: Subject, sampling: Sampling, *, system: str | None, compare_base: bool) -> None:
-    """Nothing; returns when the person ends the conversation."""
-    print_talk("an empty line or Ctrl-D ends the conversation")
-    messages = _start_messages(system, None)
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        if not line.strip():
-            return
-        from ftcli.data.message import Message
-
-        messages.append(Message("user", line))
-        if compare_base and model.base:
-            _show_answer(model.base, sampling, messages, "base:  ")
-        answer = _show_answer(model, sampling, messages, "tuned: " if compare_base else "")
-        messages.append(Message("assistant", answer))
-
-
-def _start_messages(system: str | None, prompt: str | None) -> list[Any]:
-    from ftcli.data.message import Message
-
-    messages = [Message("system", system)] if system else []
-    return [*messages, Message("user", prompt)] if prompt is not None else messages
-
-
-def _show_answer(model: Subject, sampling: Sampling, messages: list[Any], label: str) -> str:
-    if not sys.stdout.isatty():
-        answer = model.answer(messages, sampling)
-        print_text(label + answer)
-        return answer
-    print(label, end="", flush=True)
-    answer = model.answer(messages, sampling, on_text=lambda piece: print(piece, end="", flush=True))
-    print(flush=True)
-    return answer

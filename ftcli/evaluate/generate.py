@@ -104,15 +104,41 @@ def generate_texts(
 
 
 def build_streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
-    """A transformers streamer that hands each finished piece of text to ``on_text``."""
-    from transformers import TextStreamer
+    """A transformers streamer that hands each piece of text to ``on_text`` as soon as its characters are whole.
 
-    class Streamer(TextStreamer):  # type: ignore[misc]
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if text:
-                on_text(text)
+    A token is decoded with the piece before it: alone it would lose the blank that some tokenizers write before a
+    text's first word.
+    """
+    from transformers.generation.streamers import BaseStreamer
 
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    class Streamer(BaseStreamer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.is_prompt = True
+            self.shown: list[int] = []  # the piece before
+            self.waiting: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            if self.is_prompt:
+                self.is_prompt = False
+                return
+            self.waiting += value.tolist()
+            self._show(is_last=False)
+
+        def end(self) -> None:
+            self._show(is_last=True)
+
+        def _show(self, *, is_last: bool) -> None:
+            before, text = self._decode(self.shown), self._decode(self.shown + self.waiting)
+            if text.endswith("\ufffd") and not is_last:  # a character whose other bytes are still to come
+                return
+            if len(text) > len(before):
+                on_text(text[len(before) :])
+                self.shown, self.waiting = self.waiting, []
+
+        def _decode(self, ids: list[int]) -> str:
+            return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    return Streamer()
 
 
 def _poll(check_stop: Callable[[], None], device: torch.device) -> Callable[..., torch.Tensor]:
