@@ -27,7 +27,10 @@ class Notice:
 
 @dataclass(frozen=True)
 class Progress:
-    """``done`` of ``total`` items of the current stage are finished; ``unit`` is ``bytes`` where these are counted."""
+    """``done`` of ``total`` items of the current stage are finished; 0 of 0 where it has none to count.
+
+    ``unit`` is ``bytes`` where these are counted.
+    """
 
     stage: str
     done: int

@@ -9,7 +9,7 @@ import typer
 from ftcli.cli import console, dialogue
 from ftcli.cli.line import LineReader
 from ftcli.cli.option import Json, Quiet, Verbose
-from ftcli.events import Stage
+from ftcli.events import Progress
 from ftcli.store.cache import find_cache
 
 
@@ -38,7 +38,7 @@ def chat(
     if prompt is None and json:
         raise typer.BadParameter("needs --prompt", param_hint="--json")
     with console.reporting(quiet=quiet or json, verbose=verbose) as report:
-        report(Stage("loading", target or "the newest finished run"))
+        report(Progress(f"loading {target or 'the newest finished run'} …", 0, 0))
         from ftcli.evaluate.generate import Sampling
         from ftcli.evaluate.subject import open_subject
         from ftcli.jobs.chat import COMMANDS, Conversation, check_sampling

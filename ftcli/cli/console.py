@@ -169,7 +169,7 @@ class Reporter:
 def describe_progress(event: Progress) -> str:
     """``12/40``, or for bytes ``1.20 of 16.06 GB, 0:42 left``."""
     if event.unit != "bytes":
-        return f"{event.done}/{event.total}"
+        return f"{event.done}/{event.total}" if event.total else ""
     left = "" if event.seconds_left is None else f", {format_seconds(event.seconds_left)} left"
     return f"{format_bytes(event.done)} of {format_bytes(event.total)}{left}"
 

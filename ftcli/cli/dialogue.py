@@ -22,19 +22,25 @@ def ask_once(conversation: Conversation, prompt: str, *, as_json: bool, quiet: b
         for voice in conversation.voices:
             _AnswerView(voice.label, quiet=quiet).ask(conversation, voice, prompt)
         return
-    answers = {voice.label: conversation.ask(voice, prompt) for voice in conversation.voices}
-    base, answer = answers.get("base"), answers[conversation.voices[-1].label]
-    document = {"target": conversation.subject.name, "prompt": prompt, "answer": answer, "base_answer": base}
-    console.print_json({"schema": console.SCHEMA, "command": "chat", **document})
+    told: list[str] = []
+    answers = [
+        conversation.ask(voice, prompt, on_event=lambda event: told.append(event.text)) for voice in conversation.voices
+    ]
+    document = {
+        "target": conversation.subject.name,
+        "prompt": prompt,
+        "answer": answers[-1],
+        "base_answer": answers[0] if conversation.compares else None,
+        "notices": told,
+    }
+    console.show_document("chat", document)
 
 
 def converse(conversation: Conversation, reader: LineReader, *, quiet: bool) -> int:
     """The exit code, when the person or the pipe has no more to say: that of a pipe's first error, else 0."""
     codes = []
     if reader.is_terminal and not quiet:
-        console.print_talk(
-            f"{console.make_printable(conversation.subject.name)}: /help lists the commands, Ctrl-D ends"
-        )
+        console.print_talk("/help lists the commands, Ctrl-D ends the conversation")
     while not conversation.is_over and (line := _read_message(reader, conversation.marker)) is not None:
         try:
             told = conversation.obey(line)

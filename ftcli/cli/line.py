@@ -35,7 +35,7 @@ class LineReader:
         """The next message, without the end of its line; None at the end of the input."""
         lines: list[str] = []
         while True:
-            line = self._read_line(marker if not lines else "… ")
+            line = self._read_line(marker if not lines else "... ")
             if line is None:
                 return self._remember("\n".join(lines)) if lines else None
             if not line.endswith("\\") or line.endswith("\\\\"):

@@ -17,7 +17,7 @@ from ftcli.data.message import Message
 from ftcli.errors import ContentError, Interrupted, MemoryExhausted, UsageError, is_memory_error
 from ftcli.evaluate.generate import Sampling
 from ftcli.evaluate.subject import Subject, require_base
-from ftcli.events import Event, Notice
+from ftcli.events import Notice
 from ftcli.train.stop import StopRequest
 
 COMMANDS = {
@@ -90,6 +90,7 @@ class Conversation:
             ContentError: the chat template refuses a system message, or leaves it out.
         """
         if text and text.strip():
+            _check_text(text)
             render, question = self.subject.renderer.render_prompt, Message("user", "?")
             try:
                 prompts = [render([Message("system", words), question]) for words in (text, f"{text}.")]
@@ -134,15 +135,16 @@ class Conversation:
         text: str,
         *,
         on_text: Callable[[str], None] = lambda piece: None,
-        on_event: Callable[[Event], None] = lambda event: None,
+        on_event: Callable[[Notice], None] = lambda notice: None,
     ) -> str:
         """The answer of ``voice`` to ``text``, handed to ``on_text`` as it comes; both are turns from now on.
 
         Raises:
-            UsageError: the message alone is too long for the context.
+            UsageError: the message alone is too long for the context, or no text.
             MemoryExhausted: the answer needs more than there is.
             Interrupted: a signal came; what was answered until then, if anything, is the turn.
         """
+        _check_text(text)
         question = Message("user", text)
         prompt, n_left_out = self._fit(voice, question)
         context = voice.subject.backend.context
@@ -302,6 +304,13 @@ def check_sampling(sampling: Sampling) -> None:
     if 0 < sampling.temperature < _LEAST_TEMPERATURE:
         what = f"temperature={sampling.temperature} is neither 0 nor at least {_LEAST_TEMPERATURE}"
         raise UsageError(what, hint="0 takes the most probable token")
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{text!a} is no text: it holds bytes that are no UTF-8") from error
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
