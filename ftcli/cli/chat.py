@@ -9,7 +9,7 @@ import typer
 from ftcli.cli import console, dialogue
 from ftcli.cli.line import LineReader
 from ftcli.cli.option import Json, Quiet, Verbose
-from ftcli.events import Progress
+from ftcli.events import Notice, Progress
 from ftcli.store.cache import find_cache
 
 
@@ -24,9 +24,9 @@ def chat(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep the likeliest tokens of this mass.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Keep this many tokens; 0 keeps all.")] = 0,
     min_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Keep tokens this likely, beside the likeliest.")
+        float, typer.Option(min=0.0, max=1.0, help="Drop tokens below this share of the likeliest.")
     ] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1: what was said is less likely.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1, words come back less.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="For sampling.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Also let the base model answer.")] = False,
@@ -41,7 +41,7 @@ def chat(
         report(Progress(f"loading {target or 'the newest finished run'} …", 0, 0))
         from ftcli.evaluate.generate import Sampling
         from ftcli.evaluate.subject import open_subject
-        from ftcli.jobs.chat import COMMANDS, Conversation, check_sampling
+        from ftcli.jobs.chat import COMMANDS, Conversation, check_sampling, describe_idle
 
         sampling = Sampling(
             temperature=temperature,
@@ -55,6 +55,8 @@ def chat(
         check_sampling(sampling)
         model = open_subject(target, with_base=compare_base)
         conversation = Conversation(model, sampling, system=system, compares=compare_base)
+        if idle := describe_idle(sampling):
+            report(Notice(idle))
     if target is None and not quiet:
         console.print_talk(f"newest finished run: {model.name}")
     if prompt is not None:

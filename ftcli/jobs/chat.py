@@ -259,10 +259,15 @@ def describe_commands() -> str:
 def describe_params(sampling: Sampling) -> str:
     """The parameters as ``/params`` takes them, and which of those that were set have no effect."""
     text = " ".join(f"{name}={value}" for name, value in asdict(sampling).items())
+    return "\n".join(filter(None, (text, describe_idle(sampling))))
+
+
+def describe_idle(sampling: Sampling) -> str:
+    """Which parameters were set but have no effect, and why; nothing where all have one."""
     idle = [name for name in _OF_SAMPLING if getattr(sampling, name) != getattr(Sampling(), name)]
-    if idle and sampling.temperature == 0:
-        text += f"\nwith temperature=0 the most probable token is taken: {', '.join(idle)} without effect"
-    return text
+    if not idle or sampling.temperature > 0:
+        return ""
+    return f"with temperature=0 the most probable token is taken: {', '.join(idle)} without effect"
 
 
 def read_params(text: str, sampling: Sampling) -> Sampling:

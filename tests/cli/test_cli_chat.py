@@ -17,9 +17,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import SMOLLM2
 from test_cli import ftcli  # noqa: F401
 
 from ftcli.cli.dialogue import converse
+from ftcli.cli.line import LineReader
 from ftcli.errors import Interrupted
 from ftcli.store.history import add_history, read_history
 
@@ -171,6 +173,43 @@ def test_ctrl_c_ends_at_the_second_empty_line(capsys: pytest.CaptureFixture[str]
     assert caught.value.exit_code == 130
 
 
+def test_without_readline_lines_are_read_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shown: list[str] = []
+    typed = iter(["one \\", "two", "three \\\\", "four \\"])
+    monkeypatch.setitem(sys.modules, "readline", None)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+
+    def read_line(marker: str) -> str:
+        assert marker == ""
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read_line)
+    reader = LineReader([], tmp_path / "history", shown.append)
+    assert [reader.read("> ") for _ in range(4)] == ["one \ntwo", "three \\\\", "four ", None]
+    assert shown == ["> ", "... ", "> ", "> ", "... ", "> "]
+    assert read_history(tmp_path / "history") == ["one \ntwo", "three \\\\", "four "]
+
+
+@pytest.mark.real
+def test_a_gguf_file_remembers_the_turns() -> None:
+    from ftcli.evaluate.generate import Sampling
+    from ftcli.evaluate.subject import open_subject
+    from ftcli.jobs.chat import Conversation
+
+    conversation = Conversation(open_subject(SMOLLM2), Sampling(max_new_tokens=16))
+    (voice,) = conversation.voices
+    assert voice.subject.backend.context == 8192
+    for question in ("What is the capital of France?", "And of Italy?"):
+        last = conversation.ask(voice, question)
+    assert "Rome" in last
+    conversation.obey("/reset")
+    assert conversation.ask(voice, "And of Italy?") != last
+
+
 def test_a_pipe_is_a_conversation(ftcli: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     def pipe(text: str, *words: str) -> Any:
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
@@ -209,6 +248,8 @@ def test_options_reach_the_answer(ftcli: Any, tiny_model: Path) -> None:  # noqa
     assert ask("--repetition-penalty", "5") != greedy
     assert ask("--temperature", "1", "--min-p", "1") == greedy
     assert ask("--temperature", "5", "--seed", "1") != greedy
+    idle = ftcli("chat", tiny_model, "--prompt", "question", "--max-new-tokens", "2", "--top-p", "0.5")
+    assert "top_p without effect" in idle.err
     refused = ftcli("chat", tiny_model, "--prompt", "x", "--temperature", "1e-9")
     assert (refused.code, refused.out) == (2, "")
     assert "neither 0 nor" in refused.err
