@@ -1,15 +1,19 @@
-"""Right or wrong: an answer held against its reference."""
+"""Right or wrong: an answer held against its reference. Or how much of it is said: ROUGE and BLEU."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import regex
 
+from ftcli.errors import UsageError
+
 _MOST_SECONDS = 1.0
+_PACKAGES = {"rouge": "torchmetrics", "bleu": "sacrebleu"}  # of the extra `metrics`
 
 
 def score_exact_match(answer: str, reference: str) -> bool:
@@ -90,3 +94,40 @@ def build_score(metric: str, pattern: str | None = None) -> Callable[[str, str],
     if metric == "regex":
         return partial(score_regex, pattern=pattern)
     return {"exact_match": score_exact_match, "json": score_json}[metric]
+
+
+def check_package(metric: str) -> None:
+    """None if the package that this score needs, if any, is installed.
+
+    Raises:
+        UsageError: naming the command to install it.
+    """
+    package = _PACKAGES.get(metric)
+    if package and importlib.util.find_spec(package) is None:
+        raise UsageError(f"the score {metric} needs the package {package}", hint=f"run: pip install {package}")
+
+
+def score_rouge(answers: Sequence[str], references: Sequence[str]) -> float:
+    """ROUGE-L: the mean F1 of the longest common subsequence of words, from 0 to 1.
+
+    Words are runs of letters and digits in lower case, of any script; on ASCII that is what rouge-score counts.
+    """
+    from torchmetrics.functional.text.rouge import rouge_score
+
+    def normalize(text: str) -> str:
+        return str(regex.sub(r"[\W_]+", " ", text.lower()))
+
+    found = rouge_score(list(answers), list(references), rouge_keys="rougeL", normalizer=normalize)
+    return float(found["rougeL_fmeasure"])
+
+
+def score_bleu(answers: Sequence[str], references: Sequence[str]) -> float:
+    """BLEU of all answers together, as sacrebleu computes it by default, but from 0 to 1.
+
+    Where no answer has four words, the longest n-grams that there are count (sacrebleu's effective order): else a
+    set of short answers that are all right would score 0.
+    """
+    from sacrebleu import corpus_bleu
+
+    found = corpus_bleu(list(answers), [list(references)], use_effective_order=True)
+    return min(1.0, float(found.score) / 100)
