@@ -15,6 +15,7 @@ from typer.exceptions import Abort, TyperException
 
 from ftcli import __version__
 from ftcli.cli import chat, console, env, inspect, merge, recipe, tokenize, train
+from ftcli.cli.eval import evaluate
 from ftcli.errors import (
     DiskError,
     FtcliError,
@@ -109,6 +110,7 @@ app.command("tokenize")(tokenize.tokenize)
 app.command("inspect")(inspect.inspect)
 app.command("train")(train.train)
 app.command("merge")(merge.merge)
+app.command("eval")(evaluate)
 app.command("chat")(chat.chat)
 app.add_typer(recipe.app, name="recipe")
 app.command("env")(env.env)

@@ -195,27 +195,60 @@ def score_examples(
     Rows that do not end with an assistant's text are left out.
     """
     asked = [example for example in examples if has_reference(example)]
-    prompts = [renderer.render_prompt(e.messages[:-1], e.tools) for e in asked]
-    check_context(model.config, prompts, max_new_tokens)
-    order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))  # alike lengths waste the least padding
+    prompts = list_prompts(renderer, asked)
+    check_context(find_context(model.config), prompts, max_new_tokens)
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    texts = answer_prompts(
+        lambda group: generate_texts(model, renderer, group, sampling, check_stop=check_stop),
+        prompts,
+        batch_rows=batch_rows,
+        on_progress=on_progress,
+    )
+    return judge_answers(asked, texts, metric, pattern, check_stop=check_stop)
+
+
+def list_prompts(renderer: ChatRenderer, asked: Sequence[Example]) -> list[list[int]]:
+    """The ids that a model is given to answer each row as its last turn does."""
+    return [renderer.render_prompt(example.messages[:-1], example.tools) for example in asked]
+
+
+def answer_prompts(
+    generate: Callable[[list[list[int]]], list[str]],
+    prompts: Sequence[list[int]],
+    *,
+    batch_rows: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """What ``generate`` answers to each of ``prompts``, asked ``batch_rows`` at a time."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths waste the least padding
     texts: dict[int, str] = {}
     for start in range(0, len(order), batch_rows):
         group = order[start : start + batch_rows]
-        sampling = Sampling(max_new_tokens=max_new_tokens)
-        answers = generate_texts(model, renderer, [prompts[i] for i in group], sampling, check_stop=check_stop)
-        texts.update(zip(group, answers, strict=True))
+        texts.update(zip(group, generate([prompts[i] for i in group]), strict=True))
         on_progress(len(texts), len(order))
+    return [texts[i] for i in range(len(order))]
+
+
+def judge_answers(
+    asked: Sequence[Example],
+    texts: Sequence[str],
+    metric: str,
+    pattern: str | None = None,
+    *,
+    check_stop: Callable[[], None] = lambda: None,
+) -> ScoreReport:
+    """Which of ``texts`` are right, held against the rows that were ``asked``."""
     is_right = build_score(metric, pattern)
     rows, n_timed_out = [], 0
-    for i, example in enumerate(asked):
+    for example, text in zip(asked, texts, strict=True):
         check_stop()
         question = next((m.content or "" for m in reversed(example.messages[:-1]) if m.role == "user"), "")
         reference = example.messages[-1].content or ""
         try:
-            rows.append(Answer(question, reference, texts[i], is_right(texts[i], reference)))
+            rows.append(Answer(question, reference, text, is_right(text, reference)))
         except TimeoutError:
             n_timed_out += 1
-            rows.append(Answer(question, reference, texts[i], is_right=False))
+            rows.append(Answer(question, reference, text, is_right=False))
     n_right = sum(row.is_right for row in rows)
     return ScoreReport(metric, n_right / len(rows) if rows else None, tuple(rows), n_timed_out)
 
@@ -231,17 +264,24 @@ def find_unfit(asked: Sequence[Example], metric: str, pattern: str | None = None
     return [Problem(what, example.place) for example, what in found if what]
 
 
-def check_context(config: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """None if the longest of ``prompts`` (ids) and its answer fit the context of the model of this config.
+def find_context(config: Any) -> int | None:
+    """The most tokens that a model of this config can look at, None where it does not say."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(found) if found else None
+
+
+def check_context(
+    context: int | None, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, where: str = "eval.max_new_tokens"
+) -> None:
+    """None if the longest of ``prompts`` (ids) and its answer fit ``context``.
 
     Raises:
-        UsageError: they do not.
+        UsageError: they do not; ``where`` names what sets the answer's length.
     """
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, prompts), default=0)
     if context and longest + max_new_tokens > context:
         raise UsageError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context of {context}",
-            where="eval.max_new_tokens",
+            where=where,
             hint=f"set it to at most {max(1, context - longest)}, or leave the longest rows out",
         )

@@ -73,9 +73,9 @@ def check_reference(reference: str, metric: str, pattern: str | None = None) -> 
     if metric == "regex" and pattern is not None:
         try:
             if not _search(pattern, reference):
-                return "eval.regex finds nothing in the row's answer, so no answer could be right"
+                return "the regex finds nothing in the row's answer, so no answer could be right"
         except TimeoutError:
-            return "eval.regex takes more than a second on the row's answer"
+            return "the regex takes more than a second on the row's answer"
     if metric == "regex" and pattern is None:
         try:
             regex.compile(reference.strip())

@@ -6,7 +6,7 @@ reference ─▶ Subject(name, renderer, backend, base)      backend: logits whe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from ftcli.data.chat import ChatRenderer, Rendered
 from ftcli.data.message import Message
 from ftcli.data.tokenizer import load_tokenizer
 from ftcli.errors import ContentError, UsageError
-from ftcli.evaluate.generate import Sampling, build_streamer, generate_texts
+from ftcli.evaluate.generate import Sampling, build_streamer, find_context, generate_texts
 from ftcli.evaluate.loss import compute_logits
 from ftcli.model.base import choose_device, choose_dtype, count_embedding_rows, load_model
 from ftcli.model.build import load_adapter
@@ -59,8 +59,7 @@ class TorchBackend:
 
     @property
     def context(self) -> int | None:
-        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return int(found) if found else None
+        return find_context(self.model.config)
 
     @torch.no_grad()
     def compute_logits(self, documents: Sequence[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,8 +131,7 @@ def _open_plain(name: str, files: ModelFiles, section: ModelSection, kwargs: Any
 
 
 def _open_run(run: RunFolder, *, with_base: bool) -> Subject:
-    manifest = read_manifest(run)
-    check_finished(run, manifest)
+    manifest = read_finished(run)
     check_files(run)
     recipe = load_recipe(run.recipe).recipe
     kwargs = recipe.tokenizer.chat_template_kwargs
@@ -174,18 +172,20 @@ def open_on_base(
     return Subject(name, renderer, tuned, base)
 
 
-def check_finished(run: RunFolder, manifest: Mapping[str, Any]) -> None:
-    """None if the run has come to its end.
+def read_finished(run: RunFolder) -> dict[str, Any]:
+    """The manifest of a run that has come to its end.
 
     Raises:
         ContentError: it has not.
     """
+    manifest = read_manifest(run)
     if manifest.get("state") != "finished":
         raise ContentError(
             f"the run is {manifest.get('state')}, not finished",
             where=str(run.path),
             hint=f"go on with it: ftcli train {run.recipe} --set output_dir={run.path} --resume",
         )
+    return manifest
 
 
 def check_base(files: ModelFiles, expected: str | None) -> None:
@@ -234,3 +234,17 @@ def require_base(subject: Subject) -> Subject:
     if subject.base is None:
         raise UsageError("there is no base to compare with", where=subject.name)
     return subject.base
+
+
+def open_base(reference: str, renderer: ChatRenderer) -> Subject:
+    """The model from which the run or adapter ``reference`` was made, alone in memory and read by ``renderer``.
+
+    Raises:
+        UsageError: ``reference`` is neither, so there is no base.
+    """
+    run = RunFolder(Path(reference).expanduser())
+    if not (run.holds_run() and run.model.exists()):
+        return require_base(open_subject(reference))
+    section, revision = load_recipe(run.recipe).recipe.model, read_manifest(run)["base"]["revision"]
+    model = load_plain(find_model(section.name_or_path, revision=revision), section)
+    return Subject(section.name_or_path, renderer, TorchBackend(model, renderer))

@@ -16,11 +16,11 @@ from ftcli.data.limits import read_limits
 from ftcli.data.tokenizer import load_tokenizer
 from ftcli.errors import ContentError, UsageError
 from ftcli.evaluate.sample import load_file_rows, load_run_rows
-from ftcli.evaluate.subject import Subject, check_base, check_finished, open_on_base, read_base
+from ftcli.evaluate.subject import Subject, check_base, open_on_base, read_base, read_finished
 from ftcli.model.base import choose_device, choose_dtype
 from ftcli.model.build import find_adapter
 from ftcli.recipe import ModelSection, QuantizationSection, Recipe, load_recipe
-from ftcli.store.run import RunFolder, check_files, find_newest_run, read_manifest
+from ftcli.store.run import RunFolder, check_files, find_newest_run
 from ftcli.store.target import ModelFiles, find_model, read_config
 
 
@@ -82,8 +82,7 @@ def find_source(target: str | None = None, base: str | None = None) -> Source:
         if adapter.name != "adapter" or not run.holds_run():
             name = base or read_base(adapter)
             return Source(target, adapter, _find_base(name, None, None), ModelSection(name_or_path=name))
-    manifest = read_manifest(run)
-    check_finished(run, manifest)
+    manifest = read_finished(run)
     check_files(run)
     recipe = load_recipe(run.recipe).recipe
     if recipe.peft is None:

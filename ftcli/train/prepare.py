@@ -21,7 +21,7 @@ from ftcli.data.message import Example, Message
 from ftcli.data.role import load_roles
 from ftcli.data.tokenizer import NewTokens, add_tokens, hash_template, hash_tokenizer, load_tokenizer
 from ftcli.errors import ContentError, UsageError
-from ftcli.evaluate.generate import check_context, find_unfit, has_reference
+from ftcli.evaluate.generate import check_context, find_context, find_unfit, has_reference
 from ftcli.events import Notice, OnEvent, Progress, Stage, ignore_event
 from ftcli.model.base import build_skeleton, choose_device, count_embedding_rows
 from ftcli.model.build import check_names, find_adapter
@@ -168,7 +168,7 @@ def add_evaluation(
         for sentence in check_references(part.name, asked, section):
             on_event(Notice(sentence))
         prompts += [renderer.render_prompt(example.messages[:-1], example.tools) for example in asked]
-    check_context(config, prompts, section.max_new_tokens)
+    check_context(find_context(config), prompts, section.max_new_tokens)
     by_role: dict[str, Mapping[str, Documents]] = {}
     for part in split.held_out if "role" in section.loss_by else ():
         by_role[part.name], refused = load_roles(part, renderer, recipe.data)

@@ -214,7 +214,7 @@ def test_regex_scores() -> None:
 
 def test_references_that_nothing_can_match_are_told_first(write_recipe: Any, tmp_path: Path) -> None:
     section = {**HELD_OUT, "score": "regex", "regex": "#### (.*)", "max_new_tokens": 4}
-    with pytest.raises(ContentError, match=r"held_out.jsonl:1: eval.regex finds nothing in the row's answer"):
+    with pytest.raises(ContentError, match=r"held_out.jsonl:1: the regex finds nothing in the row's answer"):
         train(write_recipe(eval=section))
     assert not (tmp_path / "run").exists()
     path = write_recipe(eval={**section, "regex": "answer (0)"})
