@@ -15,7 +15,7 @@ def evaluate(
     targets: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[TARGET]...",
+            metavar="TARGET",
             help="Runs, adapters, model folders, GGUF files or Hub ids; none: the newest finished run.",
             show_default=False,
         ),
@@ -55,7 +55,7 @@ def evaluate(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure models on the same rows: loss, perplexity, distance to the first one, and score."""
+    """Measure models side by side: loss, perplexity, KL to the first one, score."""
     with console.reporting(quiet=quiet or json, verbose=verbose) as on_event:
         from ftcli.jobs.entry import Measure
         from ftcli.jobs.evaluate import evaluate_targets

@@ -34,10 +34,11 @@ def _list_columns(scoreboard: Scoreboard) -> Iterator[tuple[str, list[str]]]:
     rows = scoreboard.standings
     yield "size", [format_bytes(row.size_bytes) for row in rows]
     yield "bits/w", [f"{row.bits_per_weight:.2f}" for row in rows]
-    yield "loss", [f"{row.loss:.4f}" for row in rows]
-    yield "perplexity", [_format_perplexity(row.perplexity) for row in rows]
     if any(row.bits_per_byte is not None for row in rows):
-        yield "bits/byte", ["-" if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}" for row in rows]
+        yield "bits/byte", ["-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}" for row in rows]
+    else:
+        yield "loss", [f"{row.loss:.4f}" for row in rows]
+    yield "ppl", [_format_perplexity(row.perplexity) for row in rows]
     if any(row.kl is not None for row in rows):
         yield "KL", ["-" if row.kl is None else _format_divergence(row.kl) for row in rows]
         yield "top-1", ["-" if row.top1 is None else f"{row.top1:.1%}" for row in rows]
@@ -53,7 +54,7 @@ def _list_facts(scoreboard: Scoreboard, width: int) -> Iterator[str]:
         text = "KL in nats per token and top-1 agreement: against "
         yield text + shorten_middle(first.target, max(_LEAST_NAME, width - len(text)))
     if first.score:
-        yield f"score: {first.score.metric} of {_count(first.score.n, 'answer')}"
+        yield f"score: {first.score.metric}, {_count(first.score.n, 'answer')}"
 
 
 def _count(n: int, noun: str) -> str:
@@ -61,7 +62,9 @@ def _count(n: int, noun: str) -> str:
 
 
 def _format_perplexity(value: float) -> str:
-    return f"{value:.3f}" if value < 1e5 else f"{value:.2e}"
+    if value < 1000:
+        return f"{value:.3f}"
+    return f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
 
 
 def _format_divergence(kl: float) -> str:

@@ -24,8 +24,8 @@ _BROKEN = ("missing_shard", "missing_tensor", "incomplete")
 class Contender:
     """A run, an adapter or a model, found and not loaded; ``is_base`` is the base of the contender before it.
 
-    ``files`` are those of the model, for an adapter of its base, and ``base`` is what names that. ``recipe`` is None
-    for what is no run. ``bits_per_weight`` is of the model without the adapter.
+    ``files`` are those of the model, for an adapter of its base, and ``base`` is what names that. ``recipe`` and
+    ``data_sha256`` are None for what is no run. ``bits_per_weight`` is of the model without the adapter.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Contender:
     bits_per_weight: float
     context: int | None
     recipe: Recipe | None = None
+    data_sha256: str | None = None
     base: str | None = None
     revision: str | None = None
     is_base: bool = False
@@ -72,7 +73,7 @@ def find_base(contender: Contender) -> Contender:
         raise UsageError(what, where=contender.name, hint="name the base as a target of its own")
     files = find_model(contender.base, revision=contender.revision)
     found = _describe(contender.base, files, contender.renderer)
-    return replace(found, recipe=contender.recipe, is_base=True)
+    return replace(found, is_base=True)
 
 
 def _find_run(reference: str, run: RunFolder) -> Contender:
@@ -85,7 +86,7 @@ def _find_run(reference: str, run: RunFolder) -> Contender:
         files, adapter = find_model(base, revision=revision), run.adapter
     renderer = _load_renderer(run.artifact, files, recipe.tokenizer.chat_template_kwargs)
     found = _describe(reference, files, renderer, adapter=adapter, base=base)
-    return replace(found, recipe=recipe, revision=revision)
+    return replace(found, recipe=recipe, data_sha256=manifest.get("data_sha256"), revision=revision)
 
 
 def _load_renderer(folder: Path, files: ModelFiles, template_kwargs: Any = None) -> ChatRenderer:

@@ -15,6 +15,7 @@ from ftcli.data.chat import ChatRenderer, Rendered
 from ftcli.data.documents import Documents
 from ftcli.data.loader import DocumentSet, Part, Reading, build_set, load_split
 from ftcli.data.message import Example
+from ftcli.data.source import find_sources
 from ftcli.errors import ContentError, UsageError
 from ftcli.evaluate.generate import check_context, find_unfit, has_reference, list_prompts
 from ftcli.evaluate.score import check_package
@@ -50,7 +51,7 @@ class Measure:
         """None if this can be measured.
 
         Raises:
-            UsageError: no such score, a pattern that is none, or a package that is missing.
+            UsageError: no such score or file, a pattern that is none, or a package that is missing.
         """
         if self.metric is not None and self.metric not in METRICS:
             raise UsageError(f"there is no score {self.metric}", hint=f"choose one of {', '.join(METRICS)}")
@@ -62,6 +63,8 @@ class Measure:
             except regex.error as error:
                 raise UsageError(f"is no regular expression: {error}", where=self.pattern) from None
         check_package(self.metric or "")
+        if self.data is not None:
+            find_sources(self.data)
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,8 @@ def list_entries(contenders: Sequence[Contender], wanted: Measure, notify: Calla
     others = [entry.contender.name for entry in entries if not entry.is_same]
     if others:
         notify(
-            f"{', '.join(others)}: not the tokens of {contenders[0].name}, as tokenizer or template differ; loss and "
-            "perplexity cannot be compared, bits per byte can"
+            f"the rows are not the same tokens to {contenders[0].name} and {', '.join(others)}, as tokenizer or "
+            "template differ: compare bits per byte of trained text, not loss and perplexity"
         )
     return entries
 
@@ -179,6 +182,8 @@ def load_rows(data: str | None, contender: Contender, renderer: ChatRenderer, *,
         split = load_split(recipe.datasets, recipe.data, held_out, reading, seed=recipe.train.seed)
         sets, max_length = list(split.held_out), recipe.data.max_length
         label = f"{', '.join(part.name for part in sets)} of {contender.name}"
+        if split.sha256 != contender.data_sha256:
+            reading.notices.append(f"the data is not what it was when {contender.name} was trained")
     chosen = tuple(_keep_first(part, limit) for part in sets)
     losses = [f"{part.name}: {text}" for part in sets for text in part.report.describe_losses()]
     n_rows = sum(len(np.unique(documents.row)) for documents in chosen)
