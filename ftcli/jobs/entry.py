@@ -104,7 +104,8 @@ def list_entries(contenders: Sequence[Contender], wanted: Measure, notify: Calla
         rows = first if same else own
         documents = rows.cut(length, wanted.stride or max(1, length // 2))
         if n := rows.count_longer(length):
-            notify(f"{n} documents of more than {length} tokens are read in windows")
+            n_all = sum(map(len, rows.chosen))
+            notify(f"{n} of {n_all} documents are longer than {length} tokens and are read in windows")
         n_bytes = None if all(is_same) else _count_bytes(rows, contender.renderer)
         prompts = tuple(list_prompts(contender.renderer, asked))
         check_context(contender.context, prompts, wanted.max_new_tokens, where="--max-new-tokens")

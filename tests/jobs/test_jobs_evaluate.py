@@ -127,7 +127,7 @@ def test_windows_and_limit(place: Path, tiny_model: Path, tmp_path: Path) -> Non
     assert whole.n_tokens == cut.n_tokens > 300
     assert whole.standings[0].loss == pytest.approx(cut.standings[0].loss, rel=0.05)
     assert whole.standings[0].loss != cut.standings[0].loss
-    assert cut.notices == ("3 documents of more than 40 tokens are read in windows",)
+    assert cut.notices == ("3 of 3 documents are longer than 40 tokens and are read in windows",)
     two = evaluate_targets([str(tiny_model)], Measure(data=str(path), limit=2))
     assert (two.n_rows, two.n_tokens) == (2, whole.n_tokens * 2 // 3)
     beyond = evaluate_targets([str(place / "runs" / "lora")], Measure(limit=99))
