@@ -63,7 +63,7 @@ class Verification:
             "sets": {name: verdict.to_json() for name, verdict in self.sets.items()},
             "other": {name: verdict.to_json() for name, verdict in self.other.items()},
             "worst_tensor": self.worst_tensor or None,
-            "worst_error": self.worst_error if self.worst_tensor else None,
+            "worst_error": self.worst_error if self.worst_tensor and math.isfinite(self.worst_error) else None,
         }
 
 

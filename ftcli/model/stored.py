@@ -88,7 +88,7 @@ class StoredWeights:
         if entry.file.endswith(".bin"):
             return _load_bin(self.files.folder / entry.file)[entry.name].reshape(entry.shape)
         value = torch.from_numpy(read_array(self.files.folder, entry))
-        if self.heads and entry.name.endswith((".attn_q.weight", ".attn_k.weight")):
+        if self.heads and (".attn_q." in entry.name or ".attn_k." in entry.name):
             n = self.heads[0 if ".attn_q." in entry.name else 1]  # convert_hf_to_gguf.py: LlamaModel.permute
             value = value.view(n, value.shape[0] // n // 2, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
         return value

@@ -14,6 +14,7 @@ from conftest import build_model, build_tokenizer, find_tokenizer
 from ftcli.data.tokenizer import load_tokenizer
 from ftcli.errors import ContentError
 from ftcli.model.base import build_skeleton, load_model
+from ftcli.model.stored import list_weights, open_stored
 from ftcli.recipe import ModelSection, QuantizationSection
 from ftcli.store.target import find_model
 
@@ -108,6 +109,10 @@ def test_weights_come_back_as_they_were(tmp_path: Path, tiny_tokenizer: Any, kin
     assert loaded.config.rms_norm_eps == model.config.rms_norm_eps
     assert type(build_skeleton(files, section)) is type(loaded)
     loaded.save_pretrained(tmp_path / "saved")  # transformers refuses that for a model straight from a GGUF file
+    stored = open_stored(files, build_skeleton(files, section))
+    weights = {name: stored.read(name).clone() for name in stored.entries}
+    assert weights.keys() == list_weights(model).keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in weights.items())
     quantized = load_model(
         files, section, dtype=torch.float32, device=torch.device("cpu"), quantization=QuantizationSection()
     )
