@@ -54,7 +54,7 @@ def build_skeleton(files: ModelFiles, model: ModelSection) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _check_gguf(files)
+    check_gguf(files)
     options = {"gguf_file": files.gguf_file} if files.gguf_file else {}
     try:
         config = AutoConfig.from_pretrained(
@@ -188,13 +188,18 @@ def build_quantization(quantization: QuantizationSection, dtype: torch.dtype) ->
     )
 
 
-def _check_gguf(files: ModelFiles) -> None:
+def check_gguf(files: ModelFiles) -> None:
+    """Nothing; a GGUF file comes back as the transformers model that it was made from.
+
+    Raises:
+        ContentError: it is of a family, or has a trait, for which that is not known.
+    """
     if not (path := files.gguf_path):
         return
     header = read_gguf_header(path)
     if header.architecture not in GGUF_FAMILIES:
         raise ContentError(
-            f"GGUF files of the family {header.architecture or 'unknown'!r} cannot be trained yet",
+            f"GGUF files of the family {header.architecture or 'unknown'!r} cannot be dequantised yet",
             where=files.reference,
             hint=f"use the model's transformers folder; GGUF works for {', '.join(GGUF_FAMILIES)}",
         )
