@@ -53,7 +53,7 @@ def chat(
             max_new_tokens=max_new_tokens,
         )
         check_sampling(sampling)
-        model = open_subject(target, with_base=compare_base)
+        model = open_subject(target, with_base=compare_base, on_event=report)
         conversation = Conversation(model, sampling, system=system, compares=compare_base)
         if idle := describe_idle(sampling):
             report(Notice(idle))

@@ -117,7 +117,7 @@ def _silence_libraries() -> None:
     warnings.simplefilter("ignore")
     if loaded := sys.modules.get("transformers"):  # what it read from the environment is read
         loaded.utils.logging.disable_progress_bar()
-    for name in ("transformers", "bitsandbytes", "peft", "accelerate", "torch"):
+    for name in ("transformers", "bitsandbytes", "peft", "accelerate", "torch", "llama.cpp"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -68,9 +68,7 @@ def generate_texts(
     end-of-turn token.
     """
     tokenizer = renderer.tokenizer
-    stops = renderer.end_of_turn_ids
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
-        stops = [*stops, tokenizer.eos_token_id]
+    stops = list_stop_ids(renderer)
     width = max(len(prompt) for prompt in prompts)
     pad = stops[0]
     device = model.get_input_embeddings().weight.device
@@ -100,7 +98,7 @@ def generate_texts(
             stopping_criteria=[_poll(check_stop, device)],
             **options,
         )
-    return [_decode(tokenizer, row[width:].tolist(), stops) for row in output]
+    return [decode_answer(tokenizer, row[width:].tolist(), stops) for row in output]
 
 
 def build_streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
@@ -173,7 +171,14 @@ def _configured(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def _decode(tokenizer: Any, ids: list[int], stops: Sequence[int]) -> str:
+def list_stop_ids(renderer: ChatRenderer) -> list[int]:
+    """The ids that end an answer: those that end a turn, and the end of a text."""
+    stops, eos = renderer.end_of_turn_ids, renderer.tokenizer.eos_token_id
+    return stops if eos is None or eos in stops else [*stops, eos]
+
+
+def decode_answer(tokenizer: Any, ids: list[int], stops: Sequence[int]) -> str:
+    """The text of ``ids`` up to the first of ``stops``, without special tokens."""
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     return str(tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
 

@@ -19,12 +19,17 @@ from ftcli.data.message import Message
 from ftcli.data.tokenizer import load_tokenizer
 from ftcli.errors import ContentError, UsageError
 from ftcli.evaluate.generate import Sampling, build_streamer, find_context, generate_texts
+from ftcli.evaluate.llama_library import LlamaModel, check_runnable, load_library
+from ftcli.evaluate.llamacpp import LlamaCppBackend, choose_renderer
 from ftcli.evaluate.loss import compute_logits
-from ftcli.model.base import choose_device, choose_dtype, count_embedding_rows, load_model
+from ftcli.events import Notice, OnEvent, ignore_event
+from ftcli.model.base import check_gguf, choose_device, choose_dtype, count_embedding_rows, load_model
 from ftcli.model.build import load_adapter
 from ftcli.recipe import ModelSection, load_recipe
+from ftcli.store.gguf_header import check_gguf_data
 from ftcli.store.run import RunFolder, check_files, find_newest_run, read_manifest
 from ftcli.store.target import ModelFiles, find_model, fingerprint_model
+from ftcli.store.vocabulary import read_gguf_vocabulary
 
 
 class Backend(Protocol):
@@ -102,10 +107,23 @@ class Subject:
         return self.backend.generate([self.renderer.render_prompt(messages)], sampling, on_text=on_text)[0]
 
 
-def open_subject(reference: str | None = None, *, with_base: bool = False) -> Subject:
+def open_subject(
+    reference: str | None = None,
+    *,
+    with_base: bool = False,
+    renderer: ChatRenderer | None = None,
+    on_event: OnEvent = ignore_event,
+) -> Subject:
     """The model that ``reference`` means, in memory: a run, an adapter, or a model; None is the newest run.
 
-    An adapter's base is always at hand; for other models ``with_base`` says whether it is loaded beside them.
+    An adapter's base is always at hand; for other models ``with_base`` says whether it is loaded beside them. A GGUF
+    file is run by llama.cpp where that is installed; else its dequantised weights are, with a notice to ``on_event``.
+
+    Args:
+        reference: what the user wrote.
+        with_base: whether a run without an adapter brings its base too.
+        renderer: of a model with the same vocabulary, for a GGUF file whose own tokenizer cannot be rebuilt.
+        on_event: told what is not as the user might expect.
 
     Raises:
         UsageError, ContentError: no such target, or an adapter whose base is another one now.
@@ -122,7 +140,29 @@ def open_subject(reference: str | None = None, *, with_base: bool = False) -> Su
         base = read_base(path)
         files, section = find_model(base), ModelSection(name_or_path=base)
         return open_on_base(reference, path, files, section, None, _open_renderer(path, files))
-    return _open_plain(reference, find_model(reference), ModelSection(name_or_path=reference))
+    files = find_model(reference)
+    if files.gguf_path:
+        return _open_gguf(files, files.gguf_path, renderer, on_event)
+    return _open_plain(reference, files, ModelSection(name_or_path=reference))
+
+
+def _open_gguf(files: ModelFiles, path: Path, renderer: ChatRenderer | None, on_event: OnEvent) -> Subject:
+    header = read_gguf_vocabulary(path)
+    check_gguf_data(header, path.stat().st_size, files.reference)
+    try:
+        load_library()
+    except UsageError as error:
+        try:
+            check_gguf(files)
+        except ContentError as refusal:
+            hint = f"{error.hint}, which runs it as it is; or {refusal.hint}"
+            raise ContentError(refusal.what, where=refusal.where, why=str(error.what), hint=hint) from error
+        on_event(Notice(f"{error.what}: transformers runs the dequantised weights; {error.hint}"))
+        return _open_plain(files.reference, files, ModelSection(name_or_path=files.reference))
+    check_runnable(header, files.reference)
+    model = LlamaModel(path, n_threads=torch.get_num_threads())
+    renderer = choose_renderer(model, files, renderer)
+    return Subject(files.reference, renderer, LlamaCppBackend(model, renderer))
 
 
 def _open_plain(name: str, files: ModelFiles, section: ModelSection, kwargs: Any = None) -> Subject:

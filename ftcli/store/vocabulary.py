@@ -9,7 +9,7 @@ from typing import Any
 
 from ftcli.errors import ContentError
 from ftcli.store.file import read_json
-from ftcli.store.gguf_header import read_gguf_header
+from ftcli.store.gguf_header import GgufHeader, read_gguf_header
 
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _CONTROL = 3  # llama.cpp: LLAMA_TOKEN_TYPE_CONTROL
@@ -99,8 +99,17 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     return given if isinstance(given, str) else None
 
 
+def read_gguf_vocabulary(path: Path) -> GgufHeader:
+    """The header of the GGUF file at ``path`` with its whole vocabulary, but for the merges.
+
+    Raises:
+        ContentError, DiskError: as `read_gguf_header`.
+    """
+    return read_gguf_header(path, keep=1 << 21, skip=("tokenizer.ggml.merges",))
+
+
 def _read_gguf(path: Path) -> Vocabulary | None:
-    metadata = read_gguf_header(path, keep=1 << 21, skip=("tokenizer.ggml.merges",)).metadata
+    metadata = read_gguf_vocabulary(path).metadata
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         return None

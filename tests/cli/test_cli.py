@@ -172,7 +172,12 @@ def test_env(ftcli: Any) -> None:
     document = json.loads(ftcli("env", "--json").out)
     assert document["versions"]["torch"]
     assert document["devices"][-1]["kind"] == "cpu"
-    assert {ability["name"] for ability in document["abilities"]} == {"bfloat16", "NF4 (QLoRA)", "default model"}
+    assert {ability["name"] for ability in document["abilities"]} == {
+        "bfloat16",
+        "NF4 (QLoRA)",
+        "llama.cpp (GGUF)",
+        "default model",
+    }
     assert "NF4" in ftcli("env").out
 
 
