@@ -41,8 +41,10 @@ class Contender:
     is_base: bool = False
 
 
-def find_contender(reference: str) -> Contender:
+def find_contender(reference: str, offered: ChatRenderer | None = None) -> Contender:
     """What ``reference`` means, from headers alone; what must come from the Hub is fetched.
+
+    ``offered`` serves a GGUF file whose own tokenizer cannot be rebuilt; whether it is the same is seen when it opens.
 
     Raises:
         UsageError, ContentError, HubError: no such target, or one that is not whole.
@@ -59,7 +61,13 @@ def find_contender(reference: str) -> Contender:
         files = find_model(base)
         return _describe(reference, files, _load_renderer(path, files), adapter=path, base=base)
     files = find_model(reference)
-    return _describe(reference, files, ChatRenderer(load_tokenizer(files)))
+    try:
+        renderer = ChatRenderer(load_tokenizer(files))
+    except ContentError:
+        if not files.gguf_file or offered is None:
+            raise
+        renderer = offered
+    return _describe(reference, files, renderer)
 
 
 def find_base(contender: Contender) -> Contender:

@@ -24,8 +24,8 @@ from ftcli.evaluate.generate import Sampling, answer_prompts, judge_answers
 from ftcli.evaluate.loss import DocumentLosses, compute_perplexity
 from ftcli.evaluate.score import score_bleu, score_rouge
 from ftcli.evaluate.subject import Backend, Subject, TorchBackend, open_base, open_subject
-from ftcli.events import Notice, OnEvent, Progress, Stage, ignore_event
-from ftcli.jobs.contender import find_base, find_contender
+from ftcli.events import Event, Notice, OnEvent, Progress, Stage, ignore_event
+from ftcli.jobs.contender import Contender, find_base, find_contender
 from ftcli.jobs.entry import Entry, Measure, list_entries
 from ftcli.model.attention import check_documents_apart
 from ftcli.store.run import find_newest_run
@@ -129,7 +129,9 @@ def evaluate_targets(
         newest = find_newest_run()
         told.notice(f"no target was named: {newest.path} is the newest finished run")
         targets = [str(newest.path)]
-    contenders = [find_contender(target) for target in targets]
+    contenders: list[Contender] = []
+    for target in targets:
+        contenders.append(find_contender(target, contenders[0].renderer if contenders else None))
     if compare_base:
         contenders.insert(1, find_base(contenders[0]))
     on_event(Stage("data", wanted.data or f"what {contenders[0].name} held out"))
@@ -151,6 +153,12 @@ class _Told:
         if text not in self.notices:
             self.notices.append(text)
             self.on_event(Notice(text))
+
+    def pass_on(self, event: Event) -> None:
+        if isinstance(event, Notice):
+            self.notice(event.text)
+        else:
+            self.on_event(event)
 
     def progress(self, done: int, total: int) -> None:
         self.on_event(Progress("eval", done, total))
@@ -177,7 +185,10 @@ class _Judge:
                 subject = None
                 _free_memory()
                 first = entries[0].contender
-                subject = open_base(first.name, first.renderer) if contender.is_base else open_subject(contender.name)
+                if contender.is_base:
+                    subject = open_base(first.name, first.renderer)
+                else:
+                    subject = open_subject(contender.name, renderer=first.renderer, on_event=self.told.pass_on)
             yield self._measure(entry, subject)
 
     def _measure(self, entry: Entry, subject: Subject) -> Standing:
