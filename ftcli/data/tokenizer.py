@@ -6,6 +6,7 @@ Not here: how a conversation becomes ids (``chat``).
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,21 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str] | Mapping[str, str]) -> New
     written = ChatTemplate(tokenizer.chat_template).list_control_tokens(strict=True)
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=token in written) for token in described])
     return {tokenizer.convert_tokens_to_ids(token): sources[token] for token in described}
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Nothing; tokenizer and template lie in ``folder``, as transformers 4 and 5 and what builds on them read them.
+
+    transformers 5 also writes how the tokenizer was loaded here, and a class that transformers 4 does not know.
+    """
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only"):
+        config.pop(key, None)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def hash_tokenizer(tokenizer: Any) -> str:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from ftcli.data.tokenizer import load_tokenizer
+from ftcli.data.tokenizer import load_tokenizer, save_tokenizer
 from ftcli.events import OnEvent, Pace
 from ftcli.merge.arithmetic import Measure, Survival, make_blocks
 from ftcli.merge.plan import MergePlan, Part, Weights
+from ftcli.model.base import clean_config
 from ftcli.store.file import read_json, write_json
 from ftcli.store.shard import PlannedTensor, plan_shards, write_shards
 from ftcli.store.target import ModelFiles
@@ -64,8 +65,8 @@ def write_config(folder: Path, files: ModelFiles, skeleton: Any, plan: MergePlan
     """Nothing; ``config.json`` is the base's, with what the merge changed; its Python code lies beside it."""
     config = read_json(files.folder / "config.json") if not files.gguf_file else None
     if config is None:
-        skeleton.config.save_pretrained(str(folder))
-        config = read_json(folder / "config.json") or {}
+        config = clean_config(skeleton.config).to_diff_dict()
+    config.setdefault("architectures", [type(skeleton).__name__])  # which vLLM asks for
     config["vocab_size"] = plan.vocab_size
     if plan.splits_tie:
         config["tie_word_embeddings"] = False
@@ -93,7 +94,7 @@ def write_tokenizer(folder: Path, files: ModelFiles, adapter: Path) -> None:
         if (adapter / "additional_chat_templates").is_dir():
             shutil.copytree(adapter / "additional_chat_templates", folder / "additional_chat_templates")
     else:
-        load_tokenizer(files).save_pretrained(str(folder))
+        save_tokenizer(load_tokenizer(files), folder)
     for source in (adapter, files.folder):
         if (source / "tokenizer.model").is_file() and not (folder / "tokenizer.model").exists():
             shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
@@ -110,6 +111,8 @@ def write_generation_config(folder: Path, files: ModelFiles, adapter: Path, skel
     known = [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
     known += [token for token in stops if token not in known]
     config["eos_token_id"] = known[0] if len(known) == 1 else known or None
+    # with this mark transformers would take the eos of config.json instead
+    config.pop("_from_model_config", None)
     write_json(folder / "generation_config.json", config)
 
 

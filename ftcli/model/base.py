@@ -145,7 +145,7 @@ def _load_gguf(
         **options,
         **packed,
     )
-    config = _clean_config(dense.config)
+    config = clean_config(dense.config)
     weights = dense.state_dict()
     if quantization:
         options |= {
@@ -161,7 +161,7 @@ def _load_gguf(
     return loaded, info
 
 
-def _clean_config(config: Any) -> Any:
+def clean_config(config: Any) -> Any:
     """The config as its own family writes it: no trace of GGUF, floats as they were before float32."""
     values = config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "pretraining_tp", "unk_token_id"):

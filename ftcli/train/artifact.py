@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ftcli.data.chat import ChatRenderer
+from ftcli.data.tokenizer import save_tokenizer
 from ftcli.model.build import Built, save_adapter
 from ftcli.store.file import staged_folder
 from ftcli.store.run import RunFolder
@@ -22,6 +23,7 @@ def save_artifact(run: RunFolder, prepared: Prepared, built: Built) -> Path:
     model, is_full = built.model, prepared.recipe.peft is None
     base = model if is_full else model.get_base_model()
     generation_config, tokenizer = _copy_valid(base.generation_config), prepared.renderer.tokenizer
+    generation_config._from_model_config = False  # else transformers would take the eos of config.json instead
     if prepared.split.has_chats:
         generation_config = _mend_generation_config(generation_config, prepared.renderer)
         tokenizer = _mend_tokenizer(prepared.renderer)
@@ -35,7 +37,7 @@ def save_artifact(run: RunFolder, prepared: Prepared, built: Built) -> Path:
             name, revision = prepared.recipe.model.name_or_path, prepared.files.revision
             save_adapter(model, folder, initial_lora=built.initial_lora, base=name, revision=revision)
             generation_config.save_pretrained(str(folder))
-        tokenizer.save_pretrained(str(folder))
+        save_tokenizer(tokenizer, folder)
     return final
 
 
