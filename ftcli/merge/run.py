@@ -119,8 +119,15 @@ def merge(
     final = output or (source.run.path / "merged" if source.run else Path(f"{source.adapter.resolve().name}-merged"))
     check_output(final, source, overwrite=overwrite)
     on_event(Stage("merge", f"{source.name} into {source.files.reference}"))
-    with locked(source.run) if source.run else nullcontext():
-        return _Merging(source, final, DTYPES[dtype] if dtype else None, onto, on_event).carry_out(data, verifies)
+    # a run that is only read may be another's, and its folder not ours to write
+    run = source.run if source.run and final.resolve().is_relative_to(source.run.path.resolve()) else None
+    with locked(run) if run else nullcontext():
+        merged = _Merging(source, final, DTYPES[dtype] if dtype else None, onto, on_event).carry_out(data, verifies)
+        if run:
+            found = merged.verification.to_json() if merged.verification else None
+            update_manifest(run, verify={**(read_manifest(run).get("verify") or {}), final.name: found})
+    on_event(Saved(str(final)))
+    return merged
 
 
 class _Merging:
@@ -150,11 +157,6 @@ class _Merging:
             write_generation_config(folder, files, adapter, self.skeleton, self._list_stops())
             merged = self._describe(tuple(survivals), self._verify(folder, sets) if verifies else None)
             self._write_records(folder, merged)
-        if self.source.run:
-            found = merged.verification.to_json() if merged.verification else None
-            known = read_manifest(self.source.run).get("verify") or {}
-            update_manifest(self.source.run, verify={**known, self.final.name: found})
-        self.on_event(Saved(str(self.final)))
         return merged
 
     def _build_skeleton(self) -> Any:

@@ -148,6 +148,14 @@ def test_tensors_are_verified_where_no_model_fits(
     assert bad.worst_tensor == name
 
 
+def test_a_run_that_is_only_read_is_left_as_it_is(run: RunFolder, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    (run.path / ".lock").unlink()
+    merge(str(run.path), output=tmp_path / "out")
+    after = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    assert after == {path: data for path, data in before.items() if path.name != ".lock"}
+
+
 def change_base(run: RunFolder, base: Path) -> None:
     weights = load_file(base / "model.safetensors")
     weights["model.layers.1.input_layernorm.weight"][3] += 0.01
