@@ -31,7 +31,7 @@ from ftcli.store.file import make_folder
 from ftcli.store.weight import read_weight_table
 
 BATCH_TOKENS = 2048
-MOST_TOKENS = 4096  # trained tokens of each set that are compared
+MOST_TOKENS = 2048  # trained tokens of each set that are compared
 _PROBE_SEED, _PROBE_ROWS = 0, 1024
 _FLOAT32 = 2.0**-22  # what sums in float32 add to the rounding
 
