@@ -38,7 +38,8 @@ def list_merge(merged: Merged) -> Iterator[str]:
         if merged.verification.other:
             yield f"  and with --onto {_OTHER[merged.onto]}:"
             yield from _list_verdicts(merged.verification.other)
-    yield from ("", "next:", f"  ftcli chat {merged.output}")
+    if merged.verification is None or merged.verification.has_passed:
+        yield from ("", "next:", f"  ftcli chat {merged.output}")
 
 
 def _list_verdicts(verdicts: Mapping[str, Verdict]) -> Iterator[str]:
