@@ -47,7 +47,13 @@ _USE = (
     'messages = [{"role": "user", "content": "…"}]',
     'options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}',
     "inputs = tokenizer.apply_chat_template(messages, **options)",
-    "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0, inputs.input_ids.shape[1] :]))",
+    "answer = model.generate(**inputs, max_new_tokens=256)[0, inputs.input_ids.shape[1] :]",
+    "print(tokenizer.decode(answer, skip_special_tokens=True))",
+)
+_FAILED = "**Failed**: this is not the model that was trained."
+_MEANING = (
+    "KL is how far the next-token distribution of this model is from that of the adapter on its base, and the bound is",
+    "what it may be; top-1 is the share of tokens for which both find the same one the most probable.",
 )
 
 
@@ -67,7 +73,8 @@ def _describe_verification(verification: Verification | None) -> list[str]:
     if not verification.sets:
         return [
             "The models were not compared: tensors were checked one by one instead, against base and adapter. The "
-            f"largest error is {verification.worst_error:.2f} of what rounding allows (`{verification.worst_tensor}`)."
+            f"largest error is {verification.worst_error:.2f} of what rounding allows (`{verification.worst_tensor}`).",
+            *([] if verification.has_passed else ["", _FAILED]),
         ]
     lines = [
         "Adapter on its base against this model, per trained token:",
@@ -80,4 +87,4 @@ def _describe_verification(verification: Verification | None) -> list[str]:
         cells = [name.replace("_", " "), str(found.n_tokens), f"{found.kl:.5f}", f"{verdict.most_kl:.3f}"]
         cells += [f"{found.top1:.2%}", f"{found.loss_source:.4f}", f"{found.loss_result:.4f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return [*lines, "", *_MEANING] if verification.has_passed else [*lines, "", _FAILED, "", *_MEANING]
