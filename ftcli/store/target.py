@@ -146,7 +146,7 @@ def _open_path(path: Path, reference: str) -> ModelFiles:
         if path.suffix == ".gguf":
             return ModelFiles(reference, path.resolve().parent, path.name)
         raise ContentError(
-            "a single file that is no .gguf is not a model that can be trained",
+            "a single file that is no .gguf is not a model",
             where=reference,
             hint="name the folder that holds config.json",
         )
