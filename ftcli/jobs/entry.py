@@ -175,7 +175,7 @@ def load_rows(data: str | None, contender: Contender, renderer: ChatRenderer, *,
         part = Part(Path(data).name, table, every, np.ones(table.n_rows), (section,))
         sets, label, max_length = [build_set(part, DataSection(max_length=_NO_LIMIT))], data, None
     else:
-        recipe = contender.recipe
+        recipe = contender.target.recipe
         held_out = recipe.eval.datasets if recipe and recipe.eval else ()
         if recipe is None or not (held_out or recipe.data.val_set_size):
             what = "the run held no rows out" if recipe else "which rows? a model has none of its own"
@@ -183,7 +183,7 @@ def load_rows(data: str | None, contender: Contender, renderer: ChatRenderer, *,
         split = load_split(recipe.datasets, recipe.data, held_out, reading, seed=recipe.train.seed)
         sets, max_length = list(split.held_out), recipe.data.max_length
         label = f"{', '.join(part.name for part in sets)} of {contender.name}"
-        if split.sha256 != contender.data_sha256:
+        if split.sha256 != contender.target.manifest.get("data_sha256"):
             reading.notices.append(f"the data is not what it was when {contender.name} was trained")
     chosen = tuple(_keep_first(part, limit) for part in sets)
     losses = [f"{part.name}: {text}" for part in sets for text in part.report.describe_losses()]

@@ -23,9 +23,9 @@ from ftcli.evaluate.compare import Recording, compare, measure, record
 from ftcli.evaluate.generate import Sampling, answer_prompts, judge_answers
 from ftcli.evaluate.loss import DocumentLosses, compute_perplexity
 from ftcli.evaluate.score import score_bleu, score_rouge
-from ftcli.evaluate.subject import Backend, Subject, TorchBackend, open_base, open_subject
+from ftcli.evaluate.subject import Backend, Subject, TorchBackend, open_plain, open_target
 from ftcli.events import Event, Notice, OnEvent, Progress, Stage, ignore_event
-from ftcli.jobs.contender import Contender, find_base, find_contender
+from ftcli.jobs.contender import Contender, describe_base, find_contender
 from ftcli.jobs.entry import Entry, Measure, list_entries
 from ftcli.model.attention import check_documents_apart
 from ftcli.store.run import find_newest_run
@@ -133,7 +133,7 @@ def evaluate_targets(
     for target in targets:
         contenders.append(find_contender(target, contenders[0].renderer if contenders else None))
     if compare_base:
-        contenders.insert(1, find_base(contenders[0]))
+        contenders.insert(1, describe_base(contenders[0]))
     on_event(Stage("data", wanted.data or f"what {contenders[0].name} held out"))
     entries = list_entries(contenders, wanted, told.notice)
     has_rivals = any(entry.is_same for entry in entries[1:])
@@ -184,11 +184,11 @@ class _Judge:
             else:
                 subject = None
                 _free_memory()
-                first = entries[0].contender
                 if contender.is_base:
-                    subject = open_base(first.name, first.renderer)
+                    subject = open_plain(contender.target, contender.renderer)
                 else:
-                    subject = open_subject(contender.name, renderer=first.renderer, on_event=self.told.pass_on)
+                    offered = entries[0].contender.renderer
+                    subject = open_target(contender.target, renderer=offered, on_event=self.told.pass_on)
             yield self._measure(entry, subject)
 
     def _measure(self, entry: Entry, subject: Subject) -> Standing:

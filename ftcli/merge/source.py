@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -13,33 +12,21 @@ import torch
 
 from ftcli.data.chat import ChatRenderer, Rendered
 from ftcli.data.limits import read_limits
-from ftcli.data.tokenizer import load_tokenizer
 from ftcli.errors import ContentError, UsageError
 from ftcli.evaluate.sample import load_file_rows, load_run_rows
-from ftcli.evaluate.subject import Subject, check_base, open_on_base, read_base, read_finished
+from ftcli.evaluate.subject import Subject, open_adapter
+from ftcli.evaluate.target import Target, find_target
 from ftcli.model.base import choose_device, choose_dtype
 from ftcli.model.build import find_adapter
-from ftcli.recipe import ModelSection, QuantizationSection, Recipe, load_recipe
-from ftcli.store.run import RunFolder, check_files, find_newest_run
-from ftcli.store.target import ModelFiles, find_model, read_config
+from ftcli.store.run import RunFolder
+from ftcli.store.target import ModelFiles, read_config
 
 
 @dataclass(frozen=True)
-class Source:
-    """An adapter and its base; ``run`` and what it recorded are empty for an adapter that lies alone."""
+class Source(Target):
+    """An adapter on its base, of which one model can be made."""
 
-    name: str
     adapter: Path
-    files: ModelFiles
-    section: ModelSection
-    run: RunFolder | None = None
-    recipe: Recipe | None = None
-    manifest: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def quantization(self) -> QuantizationSection | None:
-        """How the run held the base in 4 bits; None if it did not, or nothing is known of it."""
-        return self.recipe.quantization if self.recipe and self.recipe.is_4bit else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,16 +36,13 @@ class Source:
 
     @cached_property
     def renderer(self) -> ChatRenderer:
-        """Tokenizer and template as they were trained."""
-        is_own = (self.adapter / "tokenizer.json").exists()
-        tokenizer = load_tokenizer(ModelFiles(str(self.adapter), self.adapter) if is_own else self.files)
-        kwargs = self.recipe.tokenizer.chat_template_kwargs if self.recipe else None
+        """Tokenizer and template as they were trained, on that day."""
         date = self.manifest.get("template_date")
-        return ChatRenderer(tokenizer, kwargs, date=datetime.fromisoformat(date) if date else None)
+        return self.load_renderer(date=datetime.fromisoformat(date) if date else None)
 
     def open(self) -> Subject:
         """The adapter on its base, in memory as it was trained."""
-        return open_on_base(self.name, self.adapter, self.files, self.section, self.quantization, self.renderer)
+        return open_adapter(self, self.renderer)
 
     def load_rows(self, data: str | None, most_tokens: int) -> dict[str, list[Rendered]]:
         """Name → documents to compare models on: of the file ``data``, else of the run; none for a lone adapter."""
@@ -68,49 +52,37 @@ class Source:
         return load_run_rows(self.recipe, self.renderer, **options) if self.recipe else {}
 
 
-def find_source(target: str | None = None, base: str | None = None) -> Source:
-    """The adapter that ``target`` means (None: of the newest finished run) on its own base, or on ``base``.
+def find_source(reference: str | None = None, base: str | None = None) -> Source:
+    """The adapter that ``reference`` means (None: of the newest finished run) on its own base, or on ``base``.
 
     Raises:
         UsageError: there is no adapter, or the run has none.
         ContentError: the run is not finished or damaged, or the base is another one, or packed.
     """
-    run = find_newest_run() if target is None else RunFolder(Path(target).expanduser())
-    if target is not None and not run.holds_run():
-        adapter = find_adapter(target)
-        run = RunFolder(adapter.parent)
-        if adapter.name != "adapter" or not run.holds_run():
-            name = base or read_base(adapter)
-            return Source(target, adapter, _find_base(name, None, None), ModelSection(name_or_path=name))
-    manifest = read_finished(run)
-    check_files(run)
-    recipe = load_recipe(run.recipe).recipe
-    if recipe.peft is None:
+    if reference is not None and not RunFolder(Path(reference).expanduser()).holds_run():
+        reference = str(find_adapter(reference))
+    target = find_target(reference, base=base)
+    if target.adapter is None:
         raise UsageError(
             "the run trained all weights: there is nothing to merge",
-            where=str(run.path),
-            hint=f"{run.model} is the model",
+            where=target.name,
+            hint=f"{target.files.folder} is the model",
         )
-    recorded = manifest["base"]
-    name = base or recipe.model.name_or_path
-    revision = None if base else recorded["revision"] or recipe.model.revision
-    files = _find_base(name, revision, recorded["fingerprint"])
-    return Source(target or str(run.path), run.adapter, files, recipe.model, run, recipe, manifest)
+    _check_unpacked(target.files)
+    return Source(**{field.name: getattr(target, field.name) for field in fields(target)})
 
 
-def _find_base(name: str, revision: str | None, expected: str | None) -> ModelFiles:
-    try:
-        files = find_model(name, revision=revision)
-    except UsageError as error:
-        hint = f"{error.hint}; name the base that the adapter was trained on: --base MODEL".lstrip("; ")
-        raise UsageError(error.what, where=error.where, why="the adapter's base is not there", hint=hint) from error
+def _check_unpacked(files: ModelFiles) -> None:
+    """None if the weights of ``files`` are numbers to which an update can be added.
+
+    Raises:
+        ContentError: they are quantised.
+    """
     if not files.gguf_file and (packed := read_config(files).get("quantization_config")):
         method = packed.get("quant_method") if isinstance(packed, dict) else None
         raise ContentError(
             f"the base is quantised already ({method or 'unknown'})",
-            where=name,
+            where=files.reference,
             why="a merge into packed weights would lose the update in their rounding",
             hint="name the 16-bit model that it was made from: --base MODEL",
         )
-    check_base(files, expected)
-    return files

@@ -47,7 +47,6 @@ _GGUF_NORMS = {
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
 }
-_BROKEN = {"missing_shard", "missing_tensor", "double_tensor", "misplaced_tensor", "outside", "incomplete"}
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def open_stored(files: ModelFiles, skeleton: nn.Module) -> StoredWeights:
     """
     config: Any = skeleton.config
     table = read_weight_table(files.gguf_path or files.folder)
-    problems = [finding.text for finding in table.findings if finding.code in _BROKEN]
+    problems = table.faults
     wanted = {name: tuple(value.shape) for name, value in list_weights(skeleton).items()}
     entries: dict[str, TensorEntry] = {}
     for entry in table.tensors:

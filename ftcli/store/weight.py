@@ -31,6 +31,7 @@ _MOST_INDEX_BYTES, _MOST_SHARDS = 1 << 26, 10_000
 _MOST_TEXT, _MOST_METADATA = 4096, 200
 # .bin files that lie beside weights and are none
 _OTHER_BIN = re.compile(r"(training_args|optimizer|scheduler|scaler|random_states|rng_state|openvino_|trainer_state).*")
+_FAULTS = {"missing_shard", "missing_tensor", "double_tensor", "misplaced_tensor", "outside", "incomplete"}
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin|gguf)")
 
 
@@ -71,6 +72,11 @@ class WeightTable:
     @property
     def is_gguf(self) -> bool:
         return bool(self.files) and self.files[0].format == "gguf"
+
+    @property
+    def faults(self) -> list[str]:
+        """The findings with which a model cannot be what it was saved as."""
+        return [finding.text for finding in self.findings if finding.code in _FAULTS]
 
     @property
     def size_bytes(self) -> int:

@@ -160,7 +160,7 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(evaluate, "open_subject", load)
+    monkeypatch.setattr(evaluate, "open_target", load)
     monkeypatch.setattr(subject, "load_plain", load)
     model, run, data = str(tiny_model), str(place / "runs" / "lora"), str(place / "held_out.jsonl")
     unasked, no_json = tmp_path / "unasked.jsonl", write_rows(tmp_path / "no_json.jsonl", ["x", "y"])

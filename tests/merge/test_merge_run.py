@@ -175,8 +175,8 @@ def change_adapter(run: RunFolder, base: Path) -> None:
 
 
 REFUSALS: dict[str, tuple[Callable[[RunFolder, Path], None], str]] = {
-    "weights": (change_base, "not the one that this adapter was trained on"),
-    "config": (change_config, "not the one that this adapter was trained on"),
+    "weights": (change_base, "not the one that this run was trained on"),
+    "config": (change_config, "not the one that this run was trained on"),
     "adapter": (change_adapter, "differs from what the run wrote"),
 }
 

@@ -1,0 +1,149 @@
+"""What a reference means: a run, an adapter on its base, or a model; found and checked, and nothing of it loaded.
+
+reference ─▶ Target ─▶ a Subject that answers · a Contender that is described · a Source that is merged
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ftcli.data.chat import ChatRenderer
+from ftcli.data.tokenizer import load_tokenizer
+from ftcli.errors import ContentError, UsageError
+from ftcli.recipe import ModelSection, QuantizationSection, Recipe, load_recipe
+from ftcli.store.file import read_json
+from ftcli.store.run import RunFolder, check_files, find_newest_run, read_manifest
+from ftcli.store.target import ModelFiles, find_model, fingerprint_model, path_exists
+
+
+@dataclass(frozen=True)
+class Target:
+    """A run, an adapter or a model; ``files`` are the model's, for an adapter those of its base.
+
+    ``run``, ``recipe`` and ``manifest`` are empty for what is no run; ``adapter`` is None for whole weights.
+    """
+
+    name: str
+    files: ModelFiles
+    section: ModelSection
+    adapter: Path | None = None
+    run: RunFolder | None = None
+    recipe: Recipe | None = None
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def quantization(self) -> QuantizationSection | None:
+        """How the run held the base in 4 bits; None if it did not, or nothing is known of it."""
+        return self.recipe.quantization if self.recipe and self.recipe.is_4bit else None
+
+    def load_renderer(self, *, date: datetime | None = None) -> ChatRenderer:
+        """Tokenizer and template as they were trained, where the adapter brings them; else the model's own.
+
+        ``date`` is what a template that asks for it is told; None is today.
+        """
+        files = self.files
+        if self.adapter and (self.adapter / "tokenizer.json").exists():
+            files = ModelFiles(str(self.adapter), self.adapter)
+        kwargs = self.recipe.tokenizer.chat_template_kwargs if self.recipe else None
+        return ChatRenderer(load_tokenizer(files), kwargs, date=date)
+
+
+def find_target(reference: str | None = None, *, base: str | None = None) -> Target:
+    """What ``reference`` means, None the newest finished run; an adapter is of its own base, or of ``base``.
+
+    What must come from the Hub is fetched. Cost: the hashes of a run's artifact, and blocks of its base.
+
+    Raises:
+        UsageError: no such target, or its base is not there.
+        ContentError: a run that is not finished, damaged files, or a base that is another one now.
+        HubError: the Hub refused, or could not be reached.
+    """
+    reference = reference or str(find_newest_run().path)
+    path = Path(reference).expanduser()
+    is_inside = path.name == "adapter" and RunFolder(path.parent).holds_run()
+    run = RunFolder(path.parent if is_inside else path)
+    if run.holds_run():
+        return _find_run(reference, run, base)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise UsageError("is a recipe, and no model", where=reference, hint="name the run that it made, or a model")
+    if path_exists(path / "adapter_config.json", reference):
+        name = base or _read_base(path)
+        return Target(reference, _find_adapted(name), ModelSection(name_or_path=name), path)
+    return Target(reference, find_model(reference), ModelSection(name_or_path=reference))
+
+
+def find_base(target: Target) -> Target:
+    """The model from which the run or adapter ``target`` was made.
+
+    Raises:
+        UsageError: it is neither, or the base is not there.
+        ContentError: the base is another one now.
+    """
+    if target.adapter:
+        return Target(target.files.reference, target.files, target.section)
+    if target.recipe is None:
+        what = "there is no base to compare with: this is neither a run nor an adapter"
+        raise UsageError(what, where=target.name, hint="name the base as a target of its own")
+    name, recorded = target.recipe.model.name_or_path, target.manifest["base"]
+    files = find_model(name, revision=recorded["revision"])
+    _check_base(files, recorded["fingerprint"])
+    return Target(name, files, target.section)
+
+
+def _find_run(name: str, run: RunFolder, base: str | None) -> Target:
+    manifest = _read_finished(run)
+    check_files(run)
+    recipe = load_recipe(run.recipe).recipe
+    if recipe.peft is None:
+        return Target(name, ModelFiles(str(run.model), run.model), recipe.model, None, run, recipe, manifest)
+    recorded = manifest["base"]
+    files = _find_adapted(base) if base else _find_adapted(recipe.model.name_or_path, recorded["revision"])
+    _check_base(files, recorded["fingerprint"])
+    return Target(name, files, recipe.model, run.adapter, run, recipe, manifest)
+
+
+def _find_adapted(name: str, revision: str | None = None) -> ModelFiles:
+    """The files of an adapter's base."""
+    try:
+        return find_model(name, revision=revision)
+    except UsageError as error:
+        hint = f"{error.hint}; or name the base where it lies now: ftcli merge … --base MODEL".lstrip("; ")
+        raise UsageError(error.what, where=error.where, why="the adapter's base is not there", hint=hint) from error
+
+
+def _read_finished(run: RunFolder) -> dict[str, Any]:
+    """The manifest of a run that has come to its end, which names its base."""
+    manifest = read_manifest(run)
+    if manifest.get("state") != "finished":
+        raise ContentError(
+            f"the run is {manifest.get('state')}, not finished",
+            where=str(run.path),
+            hint=f"go on with it: ftcli train {run.recipe} --set output_dir={run.path} --resume",
+        )
+    base = manifest.get("base")
+    if not isinstance(base, dict) or not {"revision", "fingerprint"} <= base.keys():
+        raise ContentError("manifest.json is damaged: it does not say what the base is", where=str(run.path))
+    return manifest
+
+
+def _read_base(adapter: Path) -> str:
+    """The reference of its base that an adapter's config holds."""
+    base = (read_json(adapter / "adapter_config.json") or {}).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ContentError("adapter_config.json does not name its base model", where=str(adapter))
+    return base
+
+
+def _check_base(files: ModelFiles, expected: str) -> None:
+    """None if these files are the base of which ``expected`` is the fingerprint."""
+    if fingerprint_model(files) != expected:
+        raise ContentError(
+            "the base model is not the one that this run was trained on",
+            where=files.reference,
+            why="its config or weights differ from what the run recorded",
+            hint="restore the model, or name the right one: ftcli merge … --base MODEL",
+        )
