@@ -284,7 +284,7 @@ def check_context(
         UsageError: they do not; ``where`` names what sets the answer's length.
     """
     longest = max(map(len, prompts), default=0)
-    if context and longest + max_new_tokens > context:
+    if context and prompts and longest + max_new_tokens > context:
         raise UsageError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context of {context}",
             where=where,

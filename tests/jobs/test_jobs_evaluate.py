@@ -128,7 +128,9 @@ def test_windows_and_limit(place: Path, tiny_model: Path, tmp_path: Path) -> Non
     assert whole.standings[0].loss == pytest.approx(cut.standings[0].loss, rel=0.05)
     assert whole.standings[0].loss != cut.standings[0].loss
     assert cut.notices == ("3 of 3 documents are longer than 40 tokens and are read in windows",)
-    two = evaluate_targets([str(tiny_model)], Measure(data=str(path), limit=2))
+    two = evaluate_targets(
+        [str(tiny_model)], Measure(data=str(path), limit=2, max_new_tokens=9999)
+    )  # none are asked for
     assert (two.n_rows, two.n_tokens) == (2, whole.n_tokens * 2 // 3)
     beyond = evaluate_targets([str(place / "runs" / "lora")], Measure(limit=99))
     assert beyond.n_rows == 3
