@@ -1,16 +1,43 @@
-"""The rows on which an artifact is held against its source: those of its run, or of a file."""
+"""The rows on which models are judged: those of a run, or of a file; all of them, or documents spread over them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ftcli.data.chat import ChatRenderer, Rendered
-from ftcli.data.loader import Reading, load_split
+from ftcli.data.loader import DataSplit, DocumentSet, Part, Reading, build_set, load_split
 from ftcli.errors import ContentError, UsageError
-from ftcli.recipe import Recipe, build_recipe
+from ftcli.evaluate.loss import count_targets, list_lengths
+from ftcli.recipe import DataSection, DatasetSection, Recipe
 
 _NO_LIMIT = 1 << 40
+
+
+def load_run_split(recipe: Recipe, reading: Reading) -> DataSplit:
+    """All documents of a run's recipe.
+
+    Raises:
+        FtcliError: the files are not there any more, or cannot be read.
+    """
+    held_out = recipe.eval.datasets if recipe.eval else ()
+    return load_split(recipe.datasets, recipe.data, held_out, reading, seed=recipe.train.seed)
+
+
+def load_file_set(path: str, reading: Reading) -> DocumentSet:
+    """All documents of ``path`` (a file, glob, folder or Hub id), whole.
+
+    Raises:
+        FtcliError: it is not there, or nothing in it is trained on.
+    """
+    if Path(path).suffix.lower() in (".yaml", ".yml"):
+        raise UsageError("is a recipe, not a file of rows", where=path)
+    section = DatasetSection(path=path)
+    table = reading.load(section)
+    part = Part(Path(path).name, table, np.ones(table.n_rows, dtype=bool), np.ones(table.n_rows), (section,))
+    return build_set(part, DataSection(max_length=_NO_LIMIT))
 
 
 def load_run_rows(
@@ -25,10 +52,9 @@ def load_run_rows(
         context: of the model; longer documents are left out.
 
     Raises:
-        FtcliError: the files are not there any more, or cannot be read.
+        FtcliError: as `load_run_split`.
     """
-    held_out = recipe.eval.datasets if recipe.eval else ()
-    split = load_split(recipe.datasets, recipe.data, held_out, Reading(renderer), seed=recipe.train.seed)
+    split = load_run_split(recipe, Reading(renderer))
     sets = {
         "train": choose_documents(split.train.documents, most_tokens, context),
         "held_out": [
@@ -43,17 +69,12 @@ def load_run_rows(
 def load_file_rows(
     path: str, renderer: ChatRenderer, *, most_tokens: int, context: int | None
 ) -> dict[str, list[Rendered]]:
-    """The documents of ``path`` (a file, glob, folder or Hub id), spread over its rows, under the name ``data``.
+    """The documents of ``path``, spread over its rows, under the name ``data``.
 
     Raises:
-        FtcliError: it is not there, or nothing in it is trained on.
+        FtcliError: as `load_file_set`; or nothing in it fits the context.
     """
-    if Path(path).suffix.lower() in (".yaml", ".yml"):
-        raise UsageError("is a recipe, not a file of rows", where=path)
-    recipe = build_recipe({"model": "none", "datasets": [{"path": path}]}, folder=Path(), name="data")
-    data = recipe.data.model_copy(update={"max_length": _NO_LIMIT, "packing": False})
-    split = load_split(recipe.datasets, data, (), Reading(renderer), seed=0)
-    documents = choose_documents(split.train.documents, most_tokens, context)
+    documents = choose_documents(load_file_set(path, Reading(renderer)).documents, most_tokens, context)
     if not documents:
         raise ContentError("no row of it has a token that would be trained on, and fits the context", where=path)
     return {"data": documents}
@@ -61,11 +82,9 @@ def load_file_rows(
 
 def choose_documents(documents: Sequence[Rendered], most_tokens: int, context: int | None) -> list[Rendered]:
     """Documents evenly spread over all, of about ``most_tokens`` trained tokens together; one at least."""
-    fitting = [i for i in range(len(documents)) if context is None or len(documents[i].ids) <= context]
-    counts = {i: sum(documents[i].mask[1:]) for i in fitting}
-    fitting = [i for i in fitting if counts[i]]
-    total = sum(counts[i] for i in fitting)
-    step = max(1.0, total / most_tokens)
+    counts, lengths = count_targets(documents), list_lengths(documents)
+    fitting = [i for i, n in enumerate(counts) if n and (context is None or lengths[i] <= context)]
+    step = max(1.0, sum(counts[i] for i in fitting) / most_tokens)
     chosen: list[Rendered] = []
     taken = 0
     for position in range(int(len(fitting) / step) or min(1, len(fitting))):

@@ -6,22 +6,21 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import regex
 
 from ftcli.data.chat import ChatRenderer, Rendered
 from ftcli.data.documents import Documents
-from ftcli.data.loader import DocumentSet, Part, Reading, build_set, load_split
+from ftcli.data.loader import DocumentSet, Reading
 from ftcli.data.message import Example
 from ftcli.data.source import find_sources
 from ftcli.errors import ContentError, UsageError
 from ftcli.evaluate.generate import check_context, find_unfit, has_reference, list_prompts
+from ftcli.evaluate.sample import load_file_set, load_run_split
 from ftcli.evaluate.score import check_package
 from ftcli.evaluate.window import cut_windows
 from ftcli.jobs.contender import Contender
-from ftcli.recipe import DataSection, DatasetSection
 
 METRICS = ("exact_match", "json", "regex", "rouge", "bleu")
 _NO_LIMIT = 1 << 40
@@ -93,7 +92,7 @@ def list_entries(contenders: Sequence[Contender], wanted: Measure, notify: Calla
     """
     read = [load_rows(wanted.data, contenders[0], c.renderer, limit=wanted.limit) for c in contenders]
     first = read[0]
-    for notice in first.notices:
+    for notice in (notice for rows in read for notice in rows.notices):
         notify(notice)
     length = _choose_length(contenders, first, wanted.max_length)
     batch_tokens = min(length, _LONGEST_WINDOW)
@@ -167,28 +166,23 @@ def load_rows(data: str | None, contender: Contender, renderer: ChatRenderer, *,
         UsageError: no data was named, and there is no run that held rows out.
         ContentError: rows that cannot be read or rendered, or nothing in them to measure.
     """
-    reading = Reading(renderer)
+    reading, recipe = Reading(renderer), contender.target.recipe
+    sets: tuple[DocumentSet, ...]
     if data is not None:
-        section = DatasetSection(path=data)
-        table = reading.load(section)
-        every = np.ones(table.n_rows, dtype=bool)
-        part = Part(Path(data).name, table, every, np.ones(table.n_rows), (section,))
-        sets, label, max_length = [build_set(part, DataSection(max_length=_NO_LIMIT))], data, None
-    else:
-        recipe = contender.target.recipe
-        held_out = recipe.eval.datasets if recipe and recipe.eval else ()
-        if recipe is None or not (held_out or recipe.data.val_set_size):
-            what = "the run held no rows out" if recipe else "which rows? a model has none of its own"
-            raise UsageError(what, where=contender.name, hint="name them: --data FILE")
-        split = load_split(recipe.datasets, recipe.data, held_out, reading, seed=recipe.train.seed)
-        sets, max_length = list(split.held_out), recipe.data.max_length
+        sets, label, max_length = (load_file_set(data, reading),), data, None
+    elif recipe and (recipe.data.val_set_size or (recipe.eval and recipe.eval.datasets)):
+        split = load_run_split(recipe, reading)
+        sets, max_length = split.held_out, recipe.data.max_length
         label = f"{', '.join(part.name for part in sets)} of {contender.name}"
         if split.sha256 != contender.target.manifest.get("data_sha256"):
             reading.notices.append(f"the data is not what it was when {contender.name} was trained")
+    else:
+        what = "the run held no rows out" if recipe else "which rows? a model has none of its own"
+        raise UsageError(what, where=contender.name, hint="name them: --data FILE")
     chosen = tuple(_keep_first(part, limit) for part in sets)
     losses = [f"{part.name}: {text}" for part in sets for text in part.report.describe_losses()]
     n_rows = sum(len(np.unique(documents.row)) for documents in chosen)
-    return Rows(label, tuple(sets), chosen, n_rows, max_length, (*reading.notices, *losses))
+    return Rows(label, sets, chosen, n_rows, max_length, (*reading.notices, *losses))
 
 
 def _keep_first(part: DocumentSet, limit: int | None) -> Documents:
