@@ -14,14 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 from ftcli.errors import ContentError
 from ftcli.model.lora import find_scale
-from ftcli.model.stored import TORCH_DTYPES, read_rows
+from ftcli.model.stored import TORCH_DTYPES, load_bin, read_rows
 from ftcli.store.file import read_json
 from ftcli.store.tensor import TensorEntry
 from ftcli.store.weight import read_weight_table
@@ -184,13 +183,7 @@ def _open_entry(folder: Path, entry: TensorEntry) -> Value:
 
 
 def _load_bin(path: Path) -> dict[str, Value]:
-    read_weight_table(path)  # refuses by name what torch would refuse in its own words
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise ContentError("the adapter's weights cannot be read", where=str(path), why=reason) from error
-    return {name: Value(tuple(t.shape), t.dtype, partial(_take_rows, t)) for name, t in tensors.items()}
+    return {name: Value(tuple(t.shape), t.dtype, partial(_take_rows, t)) for name, t in load_bin(path).items()}
 
 
 def _take_rows(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import nn
@@ -57,6 +58,7 @@ class StoredWeights:
     entries: Mapping[str, TensorEntry]
     heads: tuple[int, int] | None = None
     _whole: dict[str, torch.Tensor] = field(default_factory=dict)  # the one tensor that was read as a whole last
+    _opened: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # and the .bin file, by its name
 
     def get_dtype(self, name: str) -> torch.dtype:
         """The type on disk; float32 for what is packed."""
@@ -85,7 +87,10 @@ class StoredWeights:
         if entry.file.endswith(".safetensors"):
             return read_rows(self.files.folder, entry, 0, count_rows(entry))
         if entry.file.endswith(".bin"):
-            return _load_bin(self.files.folder / entry.file)[entry.name].reshape(entry.shape)
+            if entry.file not in self._opened:
+                self._opened.clear()
+                self._opened[entry.file] = load_bin(self.files.folder / entry.file)
+            return self._opened[entry.file][entry.name].reshape(entry.shape)
         value = torch.from_numpy(read_array(self.files.folder, entry))
         if self.heads and (".attn_q." in entry.name or ".attn_k." in entry.name):
             n = self.heads[0 if ".attn_q." in entry.name else 1]  # convert_hf_to_gguf.py: LlamaModel.permute
@@ -224,9 +229,20 @@ def count_rows(entry: TensorEntry) -> int:
     return entry.shape[0] if entry.shape else 1
 
 
-@lru_cache(maxsize=1)
-def _load_bin(path: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+def load_bin(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .bin file: mapped, or in memory where torch before 1.6 wrote it.
+
+    Raises:
+        ContentError: it is damaged, or holds something else.
+    """
+    read_weight_table(path)  # refuses by name what torch would refuse in its own words
+    try:
+        tensors: dict[str, torch.Tensor] = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=is_zipfile(path)
+        )
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ContentError("the weights cannot be read", where=str(path), why=reason) from error
     return tensors
 
 

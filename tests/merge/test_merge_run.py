@@ -243,10 +243,12 @@ def test_rows_that_are_gone_or_named(run: RunFolder, tmp_path: Path) -> None:
         merge(str(run.path), overwrite=True, data=str(tmp_path / "nowhere.jsonl"))
 
 
-def test_a_base_in_bin_files(write_recipe: Any, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_base_in_bin_files(write_recipe: Any, tiny_model: Path, tmp_path: Path, is_zip: bool) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_model, base)
-    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    weights = load_file(base / "model.safetensors")
+    torch.save(weights, base / "pytorch_model.bin", _use_new_zipfile_serialization=is_zip)
     (base / "model.safetensors").unlink()
     run = train(write_recipe(model={"name_or_path": str(base), "dtype": "float32"}))
     found = merge(str(run.path)).verification
