@@ -41,7 +41,8 @@ def chat(
         report(Progress(f"loading {target or 'the newest finished run'} …", 0, 0))
         from ftcli.evaluate.generate import Sampling
         from ftcli.evaluate.subject import open_subject
-        from ftcli.jobs.chat import COMMANDS, Conversation, check_sampling, describe_idle
+        from ftcli.jobs.chat import COMMANDS, Conversation
+        from ftcli.jobs.parameter import check_sampling, describe_idle
 
         sampling = Sampling(
             temperature=temperature,

@@ -86,7 +86,7 @@ def _name_dtype(plan: MergePlan) -> str:
 
 
 def write_tokenizer(folder: Path, files: ModelFiles, adapter: Path) -> None:
-    """Nothing; tokenizer, template and generation config are those that the adapter was trained with."""
+    """Nothing; tokenizer and template are those that the adapter was trained with."""
     if (adapter / "tokenizer.json").exists():
         for name in _TOKENIZER_FILES:
             if (adapter / name).is_file():

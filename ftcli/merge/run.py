@@ -37,7 +37,6 @@ from ftcli.store.target import ModelFiles, fingerprint_model
 from ftcli.train.memory import measure_available
 from ftcli.train.record import list_versions
 
-ONTO = ("original", "dequantized")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SPARE_BYTES = 1 << 30  # beside the weights of a model that answers: logits, activations, libraries
 _SMALL_FILES_BYTES = 64 << 20  # tokenizer, config, card

@@ -21,7 +21,7 @@ from ftcli.errors import ContentError, UsageError, is_memory_error
 from ftcli.model.base import build_skeleton, count_embedding_rows, load_model
 from ftcli.model.target import Targets, list_modules, plan_targets
 from ftcli.recipe import PeftSection, Recipe
-from ftcli.store.target import ModelFiles, suggest_path
+from ftcli.store.target import ModelFiles, path_exists, suggest_path
 
 _REWRITES_BASE = ("pissa", "olora")  # inits that move the base weights; see subtract_initial
 
@@ -223,7 +223,7 @@ def find_adapter(path: str) -> Path:
     """
     folder = Path(path).expanduser()
     for candidate in (folder, folder / "adapter"):
-        if (candidate / "adapter_config.json").exists():
+        if path_exists(candidate / "adapter_config.json", path):
             return candidate
     hint = "an adapter folder holds adapter_config.json" if folder.exists() else suggest_path(folder)
     raise UsageError("is no adapter folder", where=str(path), hint=hint)

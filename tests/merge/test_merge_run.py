@@ -218,6 +218,7 @@ def test_what_has_no_adapter_is_told(write_recipe: Any, tmp_path: Path) -> None:
     assert "there is nothing to merge" in result.stderr
     assert invoke(str(tmp_path / "nothing")).exit_code == 2
     assert invoke(str(tmp_path)).exit_code == 2
+    assert invoke("x" * 300).exit_code == 2
 
 
 def test_new_tokens_survive(write_recipe: Any, tmp_path: Path) -> None:
