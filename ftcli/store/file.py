@@ -98,8 +98,10 @@ def staged_folder(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
 
 
 def _is_alive(process: str) -> bool:
-    """Whether another process of this number is there."""
-    if not process.isdecimal() or int(process) == os.getpid():
+    """Whether another process of this number is there; with more before the number it is another machine's."""
+    if not process.isdecimal():
+        return True
+    if int(process) == os.getpid():
         return False
     try:
         os.kill(int(process), 0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import stat
 import struct
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,19 @@ def test_a_staged_folder_is_whole_or_not_there(tmp_path: Path) -> None:
         (folder / "b").write_text("2")
     assert [p.name for p in final.iterdir()] == ["b"]
     assert [p.name for p in tmp_path.iterdir()] == ["step"]
+
+
+def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path: Path) -> None:
+    prefix = f".step.tmp-{platform.node()}-"
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    # of a dead process, of one that lives, of a machine whose name begins with this one's
+    for name in (f"{prefix}{dead.pid}", f"{prefix}{os.getppid()}", f"{prefix}2-{dead.pid}"):
+        (tmp_path / name).mkdir()
+    with staged_folder(tmp_path / "step"):
+        pass
+    kept = {f"{prefix}{os.getppid()}", f"{prefix}2-{dead.pid}", "step"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
