@@ -88,11 +88,10 @@ def measure(
     documents: Sequence[Rendered],
     *,
     batch_tokens: int,
-    check_stop: Callable[[], None] = lambda: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DocumentLosses:
     """The loss of each of ``documents``, as `record` and `compare` find it besides."""
-    walk = _Walk(backend, documents, batch_tokens, check_stop, on_progress)
+    walk = _Walk(backend, documents, batch_tokens, on_progress)
     for _ in walk:
         pass
     return walk.gather_losses()
@@ -104,7 +103,6 @@ def record(
     folder: Path,
     *,
     batch_tokens: int,
-    check_stop: Callable[[], None] = lambda: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Recording:
     """What ``backend`` says of ``documents``, in a file of ``folder`` which is the caller's to remove.
@@ -114,7 +112,6 @@ def record(
         documents: what to compare on.
         folder: is there, and has room for two bytes times trained tokens times vocabulary.
         batch_tokens: an upper bound of tokens in one forward (a longer document goes alone).
-        check_stop: called before each batch; may raise to end the work.
         on_progress: told how many of all documents are done.
 
     Raises:
@@ -122,7 +119,7 @@ def record(
         DiskError: the folder has no room, or may not be written.
     """
     path = folder / "source.u16"
-    walk = _Walk(backend, documents, batch_tokens, check_stop, on_progress)
+    walk = _Walk(backend, documents, batch_tokens, on_progress)
     n_targets, vocab, tops = sum(walk.counts), 0, []
     if not n_targets:
         raise ContentError("there is no trained token to compare two models on")
@@ -144,7 +141,6 @@ def compare(
     documents: Sequence[Rendered],
     *,
     batch_tokens: int,
-    check_stop: Callable[[], None] = lambda: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
     """How far ``backend`` is from the model of ``recording``, on the ``documents`` that were recorded.
@@ -154,7 +150,7 @@ def compare(
     Raises:
         ContentError: a document holds an id that one of both models has not.
     """
-    walk = _Walk(backend, documents, batch_tokens, check_stop, on_progress)
+    walk = _Walk(backend, documents, batch_tokens, on_progress)
     divergences, is_same, first = [], [], 0
     with recording.path.open("rb") as stream:
         for logits, _ in walk:
@@ -188,17 +184,15 @@ class _Walk:
         backend: Backend,
         documents: Sequence[Rendered],
         batch_tokens: int,
-        check_stop: Callable[[], None],
         on_progress: Callable[[int, int], None],
     ) -> None:
         self.backend, self.documents, self.batch_tokens = backend, documents, batch_tokens
-        self.check_stop, self.on_progress = check_stop, on_progress
+        self.on_progress = on_progress
         self.counts = count_targets(documents)
         self.losses: list[torch.Tensor] = []
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for group in group_lengths(list_lengths(self.documents), self.batch_tokens):
-            self.check_stop()
             chosen = [self.documents[i] for i in group if self.counts[i]]
             if chosen:
                 logits, ids = self.backend.compute_logits(chosen)

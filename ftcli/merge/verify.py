@@ -74,7 +74,6 @@ def verify_models(
     scratch: Path,
     *,
     change_base: Callable[[Any], None] | None = None,
-    check_stop: Callable[[], None] = lambda: None,
     on_event: OnEvent = ignore_event,
 ) -> Verification:
     """The result held against its source on every one of ``sets``.
@@ -85,14 +84,15 @@ def verify_models(
         sets: name → documents.
         scratch: an empty folder for what the source says.
         change_base: turns the weights of the merged model into those of a merge onto the other base.
-        check_stop: called between batches; may raise to end the work.
         on_event: told of stages and progress.
 
     Raises:
         MemoryExhausted: one of both models does not fit.
     """
-    options: dict[str, Any] = {"batch_tokens": BATCH_TOKENS, "check_stop": check_stop}
-    options["on_progress"] = lambda done, total: on_event(Progress("verify", done, total))
+    options: dict[str, Any] = {
+        "batch_tokens": BATCH_TOKENS,
+        "on_progress": lambda done, total: on_event(Progress("verify", done, total)),
+    }
     on_event(Stage("verify", "the adapter on its base"))
     source = open_source()
     renderer, recordings, distances = source.renderer, {}, {}
@@ -131,9 +131,7 @@ def fill_weights(model: Any, plan: MergePlan, weights: Weights) -> None:
         parameters[part.name].copy_(value)
 
 
-def verify_tensors(
-    folder: Path, plan: MergePlan, weights: Weights, *, check_stop: Callable[[], None] = lambda: None
-) -> Verification:
+def verify_tensors(folder: Path, plan: MergePlan, weights: Weights) -> Verification:
     """Every tensor in ``folder`` held against base and adapter, by another way than it was made.
 
     A copy must equal the base. A merged matrix is applied to a vector of signs x and held against W x + s B (A x) in
@@ -143,7 +141,6 @@ def verify_tensors(
     entries = {entry.name: entry for entry in read_weight_table(folder).tensors}
     worst, worst_name = 0.0, "none"
     for part in plan.parts:
-        check_stop()
         read = partial(read_rows, folder, entries[part.name])
         is_probed = part.lora is not None and not (part.lora.transposed and part.lora.magnitude is not None)
         error = _probe(part, weights, read) if is_probed else _compare_copy(part, weights, read)

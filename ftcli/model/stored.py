@@ -243,6 +243,8 @@ def load_bin(path: Path) -> dict[str, torch.Tensor]:
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ContentError("the weights cannot be read", where=str(path), why=reason) from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise ContentError("holds more than tensors by name", where=str(path), hint="save the model as safetensors")
     return tensors
 
 

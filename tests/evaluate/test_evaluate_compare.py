@@ -166,11 +166,3 @@ def test_documents_without_a_target_count_nothing(tiny_tokenizer: Any, tmp_path:
     assert [n for n in losses.n_targets if n] == [sum(document.mask[1:]) for document in documents]
     assert losses.compute_mean() == pytest.approx(measure(backend, documents, batch_tokens=3).compute_mean())
     assert told[-1] == (8, 8)
-
-
-def test_a_stop_ends_the_work(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    def stop() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        record(build_backend(tiny_tokenizer), build_documents(), tmp_path, batch_tokens=8, check_stop=stop)
