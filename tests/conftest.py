@@ -190,6 +190,7 @@ def make_adapter(tmp_path: Path, tiny_tokenizer: Any) -> Any:
 
         model = build_model(kind, tied=tied).to(getattr(torch, dtype))
         base = save_model(tmp_path / "base", model, tiny_tokenizer)
+        (base / "model.safetensors").unlink()
         model.save_pretrained(base, max_shard_size=shard_size)
         if n_new:
             model.resize_token_embeddings(model.config.vocab_size + n_new, mean_resizing=False)

@@ -72,7 +72,10 @@ def make_blocks(part: Part, weights: Weights, measure: Measure | None = None) ->
         wanted = _add_update(part, base, start, stop)
         result = wanted.to(part.dtype)
         if not is_finite(result):
-            hint = "merge with --dtype bfloat16 or float32"
+            is_wide = part.dtype == torch.float32
+            hint = (
+                "look at the adapter: its update is that large" if is_wide else "merge with --dtype bfloat16 or float32"
+            )
             raise NumericError(f"{part.name} is too large for {str(part.dtype).removeprefix('torch.')}", hint=hint)
         if measure and part.lora:
             measure.add(base.float(), wanted, result)

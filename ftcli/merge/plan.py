@@ -9,6 +9,7 @@ Head and embedding of a tied model stay one matrix where the adapter moves both 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from torch import nn
 
 from ftcli.errors import ContentError
 from ftcli.merge.adapter import Adapter, Lora, Value
-from ftcli.model.stored import DTYPE_NAMES, is_tied
+from ftcli.model.stored import DTYPE_NAMES, find_name, is_tied
 from ftcli.store.shard import PlannedTensor
 from ftcli.store.tensor import TensorEntry
 
@@ -89,7 +90,7 @@ def plan_merge(
     Raises:
         ContentError: the adapter has tensors too many or too few for this base, or of other shapes.
     """
-    embedding, head = _name_table(skeleton, "input"), _name_table(skeleton, "output")
+    embedding, head = find_name(skeleton, "input"), find_name(skeleton, "output")
     was_tied = is_tied(skeleton)
     adapter = _lay_out(adapter, skeleton)
     _check_shapes(adapter, weights, {embedding, head}, head if was_tied else "", embedding)
@@ -130,7 +131,7 @@ def check_fit(adapter: Adapter, skeleton: Any, n_rows: int) -> None:
         with torch.device("meta"):
             wrapped = get_peft_model(skeleton, config)
         state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError, re.error) as error:
         why = (str(error).splitlines() or [""])[0]
         raise ContentError("the adapter does not fit this base", where=str(adapter.folder), why=why) from error
     wanted = {key: tuple(value.shape) for key, value in state.items()}
@@ -159,11 +160,6 @@ def _explain(problems: list[str], adapter: Adapter) -> ContentError:
         why="\n  ".join([*problems[:_SHOWN], *more]),
         hint="name the base that the adapter was trained on: --base MODEL",
     )
-
-
-def _name_table(skeleton: Any, side: str) -> str:
-    module = skeleton.get_input_embeddings() if side == "input" else skeleton.get_output_embeddings()
-    return next((f"{name}.weight" for name, found in skeleton.named_modules() if found is module), "lm_head.weight")
 
 
 def _lay_out(adapter: Adapter, skeleton: nn.Module) -> Adapter:

@@ -7,6 +7,7 @@ Nothing stands under the final name before everything is there.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -30,10 +31,19 @@ from ftcli.merge.verify import MOST_TOKENS, Verification, fill_weights, verify_m
 from ftcli.model.base import build_skeleton
 from ftcli.model.stored import open_dequantized, open_stored
 from ftcli.recipe import QuantizationSection
-from ftcli.store.file import describe_files, hash_file, make_folder, read_json, staged_folder, write_json, write_text
+from ftcli.store.file import (
+    bring_back,
+    describe_files,
+    hash_file,
+    make_folder,
+    read_json,
+    staged_folder,
+    write_json,
+    write_text,
+)
 from ftcli.store.run import MANIFEST_SCHEMA, locked, now_text, read_manifest, update_manifest
 from ftcli.store.shard import measure_shards
-from ftcli.store.target import ModelFiles, fingerprint_model
+from ftcli.store.target import ModelFiles, fingerprint_model, path_exists
 from ftcli.train.memory import measure_available
 from ftcli.train.record import list_versions
 
@@ -115,13 +125,15 @@ def merge(
             failed its verification is there: its ``verification`` says so.
     """
     source = find_source(target, base)
-    final = output or (source.run.path / "merged" if source.run else Path(f"{source.adapter.resolve().name}-merged"))
+    final = find_output(output, source)
+    bring_back(final)
     check_output(final, source, overwrite=overwrite)
     on_event(Stage("merge", f"{source.name} into {source.files.reference}"))
     # a run that is only read may be another's, and its folder not ours to write
     run = source.run if source.run and final.resolve().is_relative_to(source.run.path.resolve()) else None
     with locked(run) if run else nullcontext():
-        merged = _Merging(source, final, DTYPES[dtype] if dtype else None, onto, on_event).carry_out(data, verifies)
+        merging = _Merging(source, final, DTYPES[dtype] if dtype else None, onto, on_event)
+        merged = merging.carry_out(data, verifies, lambda: check_output(final, source, overwrite=overwrite))
         if run:
             found = merged.verification.to_json() if merged.verification else None
             update_manifest(run, verify={**(read_manifest(run).get("verify") or {}), final.name: found})
@@ -142,20 +154,21 @@ class _Merging:
             self.adapter, self.weights, self._build_skeleton(), dtype=dtype, packed_dtype=torch.bfloat16
         )
 
-    def carry_out(self, data: str | None, verifies: bool) -> Merged:
-        """What came of it, once the folder stands under its final name."""
+    def carry_out(self, data: str | None, verifies: bool, check_final: Callable[[], None]) -> Merged:
+        """What came of it, once the folder stands under its final name, which ``check_final`` finds free at the end."""
         sets = self._load_rows(data) if verifies else {}
         n_tokens = sum(sum(document.mask[1:]) for documents in sets.values() for document in documents)
         needed = measure_shards([part.tensor for part in self.plan.parts]) + _SMALL_FILES_BYTES
         needed += 2 * n_tokens * self.plan.vocab_size
         with staged_folder(self.final, needed) as folder:
-            survivals = write_weights(folder, self.plan, self.weights, self.on_event)
             files, adapter = self.source.files, self.source.adapter
             write_config(folder, files, self.skeleton, self.plan)
             write_tokenizer(folder, files, adapter)
             write_generation_config(folder, files, adapter, self.skeleton, self._list_stops())
+            survivals = write_weights(folder, self.plan, self.weights, self.on_event)
             merged = self._describe(tuple(survivals), self._verify(folder, sets) if verifies else None)
             self._write_records(folder, merged)
+            check_final()
         return merged
 
     def _build_skeleton(self) -> Any:
@@ -291,6 +304,25 @@ class _Merging:
         write_json(folder / "manifest.json", {**manifest, "files": describe_files(folder)})
 
 
+def find_output(output: Path | None, source: Source) -> Path:
+    """The folder that the result becomes: ``output``, or what that is a link to; else ``merged/`` of the run.
+
+    Raises:
+        UsageError: it can be no folder's name.
+    """
+    if output is None:
+        return source.run.path / "merged" if source.run else Path(f"{source.adapter.resolve().name}-merged")
+    final = Path(os.path.expanduser(output))
+    if final.name in ("", ".."):
+        raise UsageError("is no name that a new folder can have", where=str(output), hint="choose another --output")
+    try:
+        str(final).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError("cannot be the name of a file: it is no UTF-8", where=ascii(str(output))) from error
+    is_link = path_exists(final, str(output)) and final.is_symlink()
+    return final.resolve() if is_link else final
+
+
 def check_output(final: Path, source: Source, *, overwrite: bool) -> None:
     """None if the result may be written to ``final``.
 
@@ -298,7 +330,7 @@ def check_output(final: Path, source: Source, *, overwrite: bool) -> None:
         UsageError: something is there, or what is read lies in it.
     """
     for path in (source.adapter, source.files.folder):
-        if path.resolve().is_relative_to(final.resolve()):
+        if path.resolve().is_relative_to(os.path.realpath(final)):
             raise UsageError(f"what is merged lies in it: {path}", where=str(final), hint="choose another --output")
     if not final.exists() and not final.is_symlink():
         return

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ftcli.errors import ContentError, UsageError, is_memory_error
+from ftcli.errors import ContentError, FtcliError, UsageError, is_memory_error
 from ftcli.recipe import ModelSection, QuantizationSection
 from ftcli.store.gguf_header import read_gguf_header
 from ftcli.store.target import ModelFiles
@@ -63,7 +63,11 @@ def build_skeleton(files: ModelFiles, model: ModelSection) -> nn.Module:
         _check_experts(config, files)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError, TypeError, AttributeError) as error:
+    except FtcliError:
+        raise
+    except Exception as error:  # whatever a config of nonsense makes of transformers' code
+        if is_memory_error(error):
+            raise
         raise _explain_load_error(error, files) from error
     return skeleton  # type: ignore[no-any-return]
 

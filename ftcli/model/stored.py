@@ -48,6 +48,7 @@ _GGUF_NORMS = {
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
 }
+_COMPARED_ROWS = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,13 @@ def open_stored(files: ModelFiles, skeleton: nn.Module) -> StoredWeights:
     """
     config: Any = skeleton.config
     table = read_weight_table(files.gguf_path or files.folder)
-    problems = table.faults
+    problems = table.faults + [f.text for f in table.findings if f.code == "two_layouts"]
     wanted = {name: tuple(value.shape) for name, value in list_weights(skeleton).items()}
     entries: dict[str, TensorEntry] = {}
     for entry in table.tensors:
         name = _translate(entry.name) if files.gguf_file else _complete_name(entry.name, wanted)
+        if name in entries:
+            problems.append(f"{entry.name} and {entries[name].name} are both {name}")
         entries[name] = entry
     ignored = [re.compile(p) for p in getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()]
     tied = {"lm_head.weight"} if is_tied(skeleton) else set()
@@ -166,6 +169,8 @@ def open_stored(files: ModelFiles, skeleton: nn.Module) -> StoredWeights:
             problems.append(f"{name} is {entries[name].shape}, and the config says {wanted[name]}")
         if not files.gguf_file and entries[name].dtype not in ("F64", "F32", "F16", "BF16"):
             problems.append(f"{name} is {entries[name].dtype}: these weights are packed already")
+    if not problems and not files.gguf_file and (head := entries.get("lm_head.weight")) and tied:
+        problems += _compare_head(StoredWeights(files, entries), head, find_name(skeleton, "input"))
     if problems:
         raise ContentError(
             f"{len(problems)} things are wrong with the base: {problems[0]}",
@@ -177,6 +182,22 @@ def open_stored(files: ModelFiles, skeleton: nn.Module) -> StoredWeights:
     if files.gguf_path and read_gguf_header(files.gguf_path).architecture == "llama":
         heads = (int(config.num_attention_heads), int(config.num_key_value_heads))
     return StoredWeights(files, {name: entries[name] for name in wanted}, heads)
+
+
+def _compare_head(stored: StoredWeights, head: TensorEntry, embedding: str) -> list[str]:
+    """What is wrong if the file holds a head that is not the embedding, to which the config ties it."""
+    if head.shape == stored.entries[embedding].shape:
+        starts = range(0, head.shape[0], _COMPARED_ROWS)
+        blocks = ((start, min(start + _COMPARED_ROWS, head.shape[0])) for start in starts)
+        if all(torch.equal(stored.read_rows("lm_head.weight", *b), stored.read_rows(embedding, *b)) for b in blocks):
+            return []
+    return [f"config.json ties the head to the embedding, and the file's lm_head.weight is not {embedding}"]
+
+
+def find_name(model: Any, side: str) -> str:
+    """The name of the weight that is the ``input`` embedding or the ``output`` head."""
+    module = model.get_input_embeddings() if side == "input" else model.get_output_embeddings()
+    return next((f"{name}.weight" for name, found in model.named_modules() if found is module), "lm_head.weight")
 
 
 def list_weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -72,7 +72,7 @@ def staged_folder(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
     """A new empty folder that becomes ``final`` when the block ends without an error.
 
     Every file is flushed to the disk before the rename, so a folder under its final name is complete.
-    An existing ``final`` is set aside, and removed only after the new one stands.
+    An existing ``final`` is set aside, and removed only after the new one stands. What killed processes left is swept.
 
     Args:
         final: its name in the end.
@@ -81,12 +81,11 @@ def staged_folder(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
     Raises:
         DiskError: the disk is full or the folder may not be written; nothing is left behind.
     """
-    prefix = f".{final.name}.tmp-{platform.node()}-"
-    staging = final.with_name(f"{prefix}{os.getpid()}")
+    staging = final.with_name(name_beside(final, "tmp"))
     with disk_errors(final, needed_bytes):
-        for left in final.parent.glob(f"{glob.escape(prefix)}*"):
-            if not _is_alive(left.name.removeprefix(prefix)):  # of a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
+        for left in list_left(final, "tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+        bring_back(final)
         check_free(final, needed_bytes)
         staging.mkdir(parents=True)
         try:
@@ -95,6 +94,27 @@ def staged_folder(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
             replace_folder(staging, final)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def bring_back(final: Path) -> None:
+    """Nothing; ``final`` is there again if a process was killed while it replaced it, and no older one beside it."""
+    for left in list_left(final, "old"):
+        if final.exists() or final.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.rename(final)
+
+
+def list_left(final: Path, kind: str) -> list[Path]:
+    """The folders of this ``kind`` (tmp, old) that killed processes of this machine left beside ``final``."""
+    prefix = name_beside(final, kind).removesuffix(str(os.getpid()))
+    found = final.parent.glob(f"{glob.escape(prefix)}*")
+    return [path for path in found if not _is_alive(path.name.removeprefix(prefix))]
+
+
+def name_beside(final: Path, kind: str) -> str:
+    """The name of this process's own folder of a ``kind`` beside ``final``."""
+    return f".{final.name}.{kind}-{platform.node()}-{os.getpid()}"
 
 
 def _is_alive(process: str) -> bool:
@@ -124,12 +144,12 @@ def make_folder(folder: Path) -> None:
 
 def replace_folder(source: Path, final: Path) -> None:
     """Nothing; ``source`` now bears the name ``final``, and what bore it before is gone."""
-    old = final.with_name(f".{final.name}.old-{os.getpid()}")
+    old = final.with_name(name_beside(final, "old"))
     if final.exists():
         final.rename(old)
     source.rename(final)
     sync_folder(final.parent)
-    if old.is_dir():
+    if old.is_dir() and not old.is_symlink():
         shutil.rmtree(old)
     else:
         old.unlink(missing_ok=True)

@@ -1,0 +1,164 @@
+"""``ftcli merge`` against PEFT's way (load, ``merge_and_unload``, ``save_pretrained``), each in its own process.
+
+    python benchmarks/merge.py [--layers 20] [--rounds 3] [--output results/merge-cpu.json]
+
+The base is a random sharded Llama in bfloat16 (hidden 2048, FFN 8192), the adapter LoRA of rank 16 on all linear
+layers. Both ways start from the same files; rounds alternate. ftcli's looks for NaN, measures what survives the
+rounding and hashes what it wrote, which PEFT's does not; PEFT's sum is rounded twice, in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HIDDEN, FFN, VOCAB = 2048, 8192, 32000
+MODULES = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (HIDDEN // 4, HIDDEN),
+    "self_attn.v_proj": (HIDDEN // 4, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (FFN, HIDDEN),
+    "mlp.up_proj": (FFN, HIDDEN),
+    "mlp.down_proj": (HIDDEN, FFN),
+}
+WAYS = {
+    "ftcli": (
+        "from ftcli.merge.run import merge\n"
+        "merge({adapter!r}, output=Path({out!r}), verifies={verifies}, overwrite=True)"
+    ),
+    "peft": (
+        "import torch; from transformers import AutoModelForCausalLM; from peft import PeftModel\n"
+        "model = AutoModelForCausalLM.from_pretrained({base!r}, dtype=torch.bfloat16)\n"
+        "model = PeftModel.from_pretrained(model, {adapter!r}).merge_and_unload()\n"
+        "model.save_pretrained({out!r}, max_shard_size='5GB')"
+    ),
+}
+
+
+def write_base(folder: Path, layers: int) -> int:
+    """The bytes of the base's weights."""
+    import torch
+
+    from ftcli.store.shard import PlannedTensor, plan_shards, write_shards
+
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (VOCAB, HIDDEN), "lm_head": (VOCAB, HIDDEN)}
+    for layer in range(layers):
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in MODULES.items()}
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{layer}.{name}"] = (HIDDEN,)
+    shapes["model.norm"] = (HIDDEN,)
+    tensors = [PlannedTensor(f"{name}.weight", "BF16", shape) for name, shape in shapes.items()]
+    generator = torch.Generator().manual_seed(0)
+
+    def make_pieces(tensor: PlannedTensor) -> Any:
+        left = tensor.size_bytes
+        while left:
+            n = min(left, 8 << 20)
+            yield (torch.randn(n // 2, generator=generator) * 0.02).bfloat16().view(torch.uint8).numpy()
+            left -= n
+
+    write_shards(folder, plan_shards(tensors, 1_000_000_000), make_pieces)
+    return sum(tensor.size_bytes for tensor in tensors)
+
+
+def write_adapter(folder: Path, base: Path, layers: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(1)
+    weights = {}
+    for layer in range(layers):
+        for name, (n_out, n_in) in MODULES.items():
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            weights[f"{prefix}.lora_A.weight"] = torch.randn(16, n_in, generator=generator) * 0.01
+            weights[f"{prefix}.lora_B.weight"] = torch.randn(n_out, 16, generator=generator) * 0.01
+    save_file(weights, folder / "adapter_model.safetensors")
+    leaves = [name.rsplit(".", 1)[-1] for name in MODULES]
+    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": leaves, "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+
+
+def run(way: str, values: dict[str, Any]) -> dict[str, float]:
+    """CPU seconds, wall seconds and peak bytes of one merge."""
+    code = "import resource, time; from pathlib import Path; start = time.time()\n" + WAYS[way].format(**values)
+    code += (
+        "\nused = resource.getrusage(resource.RUSAGE_SELF)"
+        "\nprint('\\nfound', used.ru_utime + used.ru_stime, time.time() - start, used.ru_maxrss * 1024)"
+    )
+    environment = os.environ | {"GOMP_SPINCOUNT": "1000", "TQDM_DISABLE": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    words = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("found")).split()
+    shutil.rmtree(values["out"])
+    return {"cpu_seconds": float(words[1]), "seconds": float(words[2]), "peak_rss_bytes": int(words[3])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    rounds: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        size = write_base(root / "base", options.layers)
+        write_tokenizer(root / "base")
+        write_adapter(root / "adapter", root / "base", options.layers)
+        values = {key: str(root / key) for key in ("base", "adapter", "out")}
+        for _ in range(options.rounds):
+            entry = {way: run(way, values | {"verifies": False}) for way in WAYS}
+            entry["ftcli, verified"] = run("ftcli", values | {"verifies": True})
+            rounds.append(entry)
+            print(json.dumps(entry))
+    ratios = {key: sorted(r["peft"][key] / r["ftcli"][key] for r in rounds) for key in rounds[0]["peft"]}
+    document = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} threads",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")},
+        "base_bytes": size,
+        "largest_tensor_bytes": 2 * VOCAB * HIDDEN,
+        "rounds": rounds,
+        "peft_over_ftcli": ratios,
+    }
+    print(json.dumps(ratios, indent=2))
+    if options.output:
+        options.output.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "<|end|>": 1}, merges=[]))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(str(folder))
+
+
+if __name__ == "__main__":
+    main()
