@@ -217,7 +217,7 @@ def show_merged(merged: Merged, *, as_json: bool) -> None:
     elif as_json:
         show_document("merge", merged.to_json())
     else:
-        show_lines(list_merge(merged))
+        show_lines(make_printable(line) for line in list_merge(merged))
     if error:
         raise error
 

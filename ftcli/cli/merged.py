@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ def list_merge(merged: Merged) -> Iterator[str]:
             yield f"  and with --onto {_OTHER[merged.onto]}:"
             yield from _list_verdicts(merged.verification.other)
     if merged.verification is None or merged.verification.has_passed:
-        yield from ("", "next:", f"  ftcli chat {merged.output}")
+        yield from ("", "next:", f"  ftcli chat {shlex.quote(merged.output)}")
 
 
 def _list_verdicts(verdicts: Mapping[str, Verdict]) -> Iterator[str]:

@@ -7,7 +7,6 @@ Nothing stands under the final name before everything is there.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -25,6 +24,7 @@ from ftcli.merge.adapter import read_adapter
 from ftcli.merge.arithmetic import Survival
 from ftcli.merge.card import build_card
 from ftcli.merge.folder import write_config, write_generation_config, write_tokenizer, write_weights
+from ftcli.merge.output import check_output, find_output
 from ftcli.merge.plan import Weights, plan_merge
 from ftcli.merge.source import Source, find_source
 from ftcli.merge.verify import MOST_TOKENS, Verification, fill_weights, verify_models, verify_tensors
@@ -36,14 +36,13 @@ from ftcli.store.file import (
     describe_files,
     hash_file,
     make_folder,
-    read_json,
     staged_folder,
     write_json,
     write_text,
 )
 from ftcli.store.run import MANIFEST_SCHEMA, locked, now_text, read_manifest, update_manifest
 from ftcli.store.shard import measure_shards
-from ftcli.store.target import ModelFiles, fingerprint_model, path_exists
+from ftcli.store.target import ModelFiles, fingerprint_model
 from ftcli.train.memory import measure_available
 from ftcli.train.record import list_versions
 
@@ -302,42 +301,3 @@ class _Merging:
         name = self.source.run.path.resolve().name if self.source.run else self.source.adapter.resolve().name
         write_text(folder / "README.md", build_card(name, manifest, merged.verification, datasets=datasets))
         write_json(folder / "manifest.json", {**manifest, "files": describe_files(folder)})
-
-
-def find_output(output: Path | None, source: Source) -> Path:
-    """The folder that the result becomes: ``output``, or what that is a link to; else ``merged/`` of the run.
-
-    Raises:
-        UsageError: it can be no folder's name.
-    """
-    if output is None:
-        return source.run.path / "merged" if source.run else Path(f"{source.adapter.resolve().name}-merged")
-    final = Path(os.path.expanduser(output))
-    if final.name in ("", ".."):
-        raise UsageError("is no name that a new folder can have", where=str(output), hint="choose another --output")
-    try:
-        str(final).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UsageError("cannot be the name of a file: it is no UTF-8", where=ascii(str(output))) from error
-    is_link = path_exists(final, str(output)) and final.is_symlink()
-    return final.resolve() if is_link else final
-
-
-def check_output(final: Path, source: Source, *, overwrite: bool) -> None:
-    """None if the result may be written to ``final``.
-
-    Raises:
-        UsageError: something is there, or what is read lies in it.
-    """
-    for path in (source.adapter, source.files.folder):
-        if path.resolve().is_relative_to(os.path.realpath(final)):
-            raise UsageError(f"what is merged lies in it: {path}", where=str(final), hint="choose another --output")
-    if not final.exists() and not final.is_symlink():
-        return
-    if final.is_dir() and not any(final.iterdir()):
-        return
-    if not overwrite:
-        raise UsageError("exists already", where=str(final), hint="replace it: --overwrite; or choose another --output")
-    manifest = read_json(final / "manifest.json") if final.is_dir() else None
-    if not manifest or manifest.get("command") != "merge":
-        raise UsageError("is no merged model of ftcli, so it is not replaced", where=str(final), hint="choose --output")

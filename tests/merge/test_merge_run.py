@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from ftcli.cli.app import app
 from ftcli.data.message import Message
-from ftcli.errors import ContentError, UsageError
+from ftcli.errors import ContentError, DiskError, UsageError
 from ftcli.evaluate.generate import Sampling
 from ftcli.evaluate.subject import open_subject
 from ftcli.events import Event, Notice, Stage
@@ -286,3 +286,25 @@ def test_a_qlora_run_of_the_real_model_answers_its_questions_after_the_merge(tmp
         subject = open_subject(str(tmp_path / onto))
         answers = {q: subject.answer([Message("user", q)], Sampling(max_new_tokens=12)) for q in facts}
         assert answers == facts
+
+
+def test_a_run_that_cannot_be_written_is_merged_into_another_place(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise DiskError("cannot write: read-only file system", where="manifest.json")
+
+    monkeypatch.setattr("ftcli.merge.run.os.access", lambda path, mode: False)
+    monkeypatch.setattr("ftcli.merge.run.update_manifest", refuse)
+    monkeypatch.setattr("ftcli.merge.run.locked", refuse)
+    seen: list[Event] = []
+    merge(str(run.path), output=tmp_path / "out", verifies=False, on_event=seen.append)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert any(isinstance(event, Notice) and "read-only" in event.text for event in seen)
+
+
+def test_odd_names_are_shown_harmlessly(run: RunFolder, tmp_path: Path) -> None:
+    result = invoke(str(run.path), "--no-verify", "-o", str(tmp_path / "a b\x1b[31m\nc"))
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.stdout
+    assert f"ftcli chat '{tmp_path}/a b" in result.stdout

@@ -1,0 +1,50 @@
+"""Where the result goes: a folder's name that is free, or an earlier merge's that may be replaced."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ftcli.errors import UsageError
+from ftcli.merge.source import Source
+from ftcli.store.file import read_json
+from ftcli.store.target import path_exists
+
+
+def find_output(output: Path | None, source: Source) -> Path:
+    """The folder that the result becomes: ``output``, or what that is a link to; else ``merged/`` of the run.
+
+    Raises:
+        UsageError: it can be no folder's name.
+    """
+    if output is None:
+        return source.run.path / "merged" if source.run else Path(f"{source.adapter.resolve().name}-merged")
+    final = Path(os.path.expanduser(output))
+    if final.name in ("", ".."):
+        raise UsageError("is no name that a new folder can have", where=str(output), hint="choose another --output")
+    try:
+        str(final).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError("cannot be the name of a file: it is no UTF-8", where=ascii(str(output))) from error
+    is_link = path_exists(final, str(output)) and final.is_symlink()
+    return final.resolve() if is_link else final
+
+
+def check_output(final: Path, source: Source, *, overwrite: bool) -> None:
+    """None if the result may be written to ``final``.
+
+    Raises:
+        UsageError: something is there, or what is read lies in it.
+    """
+    for path in (source.adapter, source.files.folder):
+        if path.resolve().is_relative_to(os.path.realpath(final)):
+            raise UsageError(f"what is merged lies in it: {path}", where=str(final), hint="choose another --output")
+    if not final.exists() and not final.is_symlink():
+        return
+    if final.is_dir() and not any(final.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError("exists already", where=str(final), hint="replace it: --overwrite; or choose another --output")
+    manifest = read_json(final / "manifest.json") if final.is_dir() else None
+    if not manifest or manifest.get("command") != "merge":
+        raise UsageError("is no merged model of ftcli, so it is not replaced", where=str(final), hint="choose --output")
