@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from ftcli.merge.run import Merged
 
 _OTHER = {"original": "dequantized", "dequantized": "original"}
+_FAR = 0.005  # nats per token, from which another base is worth a second merge
 _HEAD = f"  {'':<10}{'tokens':>8}  {'KL':>8}  {'bound':>6}  {'top-1':>7}  loss: adapter → merged"
 
 
 def list_merge(merged: Merged) -> Iterator[str]:
     """Yields the lines, of at most 80 columns but for names and paths."""
-    onto = "the dequantised 4-bit weights" if merged.onto == "dequantized" else "the original weights"
+    onto = "the dequantized 4-bit weights" if merged.onto == "dequantized" else "the original weights"
     yield f"{merged.output}: {merged.dtype}, onto {onto}"
     tensors = f"{merged.n_merged} of {merged.n_merged + merged.n_copied} tensors changed"
     yield f"  {'weights':<9} {format_bytes(merged.size_bytes)}, {tensors}"
@@ -39,8 +40,18 @@ def list_merge(merged: Merged) -> Iterator[str]:
         if merged.verification.other:
             yield f"  and with --onto {_OTHER[merged.onto]}:"
             yield from _list_verdicts(merged.verification.other)
+            yield from _advise(merged)
     if merged.verification is None or merged.verification.has_passed:
         yield from ("", "next:", f"  ftcli chat {shlex.quote(merged.output)}")
+
+
+def _advise(merged: Merged) -> Iterator[str]:
+    """Yields a line where the other base would have been far closer to what was trained."""
+    found = merged.verification
+    assert found is not None
+    here, there = (max(map(_rate, verdicts.values())) for verdicts in (found.sets, found.other))
+    if here > _FAR and here > 2 * there:
+        yield f"  that is closer to what was trained: --onto {_OTHER[merged.onto]} --overwrite"
 
 
 def _list_verdicts(verdicts: Mapping[str, Verdict]) -> Iterator[str]:

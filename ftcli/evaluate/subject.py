@@ -148,7 +148,7 @@ def open_target(
         return open_adapter(target, target.load_renderer())
     if target.files.gguf_path:
         return _open_gguf(target, target.files.gguf_path, renderer, on_event)
-    base = find_base(target) if with_base and target.run else None
+    base = find_base(target) if with_base and target.manifest else None
     subject = open_plain(target, target.load_renderer())
     return replace(subject, base=open_plain(base, subject.renderer)) if base else subject
 

@@ -19,12 +19,16 @@ from ftcli.store.file import read_json
 from ftcli.store.run import RunFolder, check_files, find_newest_run, read_manifest
 from ftcli.store.target import ModelFiles, find_model, fingerprint_model, path_exists
 
+ORIGIN = "ftcli.json"  # beside an adapter: what its training was, wherever it is copied
+MANIFEST = "manifest.json"
+
 
 @dataclass(frozen=True)
 class Target:
     """A run, an adapter or a model; ``files`` are the model's, for an adapter those of its base.
 
-    ``run``, ``recipe`` and ``manifest`` are empty for what is no run; ``adapter`` is None for whole weights.
+    ``run`` and ``recipe`` are empty for what is no run; ``adapter`` is None for whole weights. ``manifest`` is what the
+    run, the merge or the adapter recorded of where it came from.
     """
 
     name: str
@@ -37,8 +41,11 @@ class Target:
 
     @property
     def quantization(self) -> QuantizationSection | None:
-        """How the run held the base in 4 bits; None if it did not, or nothing is known of it."""
-        return self.recipe.quantization if self.recipe and self.recipe.is_4bit else None
+        """How the base was held in 4 bits in training; None if it was not, or nothing is known of it."""
+        if self.recipe:
+            return self.recipe.quantization if self.recipe.is_4bit else None
+        recorded = self.manifest.get("quantization") if self.adapter else None
+        return QuantizationSection(**recorded) if recorded else None
 
     def load_renderer(self, *, date: datetime | None = None) -> ChatRenderer:
         """Tokenizer and template as they were trained, where the adapter brings them; else the model's own.
@@ -48,7 +55,8 @@ class Target:
         files = self.files
         if self.adapter and (self.adapter / "tokenizer.json").exists():
             files = ModelFiles(str(self.adapter), self.adapter)
-        kwargs = self.recipe.tokenizer.chat_template_kwargs if self.recipe else None
+        recorded = self.manifest.get("chat_template_kwargs")
+        kwargs = self.recipe.tokenizer.chat_template_kwargs if self.recipe else recorded
         return ChatRenderer(load_tokenizer(files), kwargs, date=date)
 
 
@@ -71,9 +79,10 @@ def find_target(reference: str | None = None, *, base: str | None = None) -> Tar
     if path.suffix.lower() in (".yaml", ".yml"):
         raise UsageError("is a recipe, and no model", where=reference, hint="name the run that it made, or a model")
     if path_exists(path / "adapter_config.json", reference):
-        name = base or _read_base(path)
-        return Target(reference, _find_adapted(name), ModelSection(name_or_path=name), path)
-    return Target(reference, find_model(reference), ModelSection(name_or_path=reference))
+        return _find_adapter(reference, path, base)
+    found = read_json(path / MANIFEST) if path.is_dir() else None
+    manifest = found if found and found.get("command") == "merge" else {}
+    return Target(reference, find_model(reference), ModelSection(name_or_path=reference), manifest=manifest)
 
 
 def find_base(target: Target) -> Target:
@@ -85,13 +94,12 @@ def find_base(target: Target) -> Target:
     """
     if target.adapter:
         return Target(target.files.reference, target.files, target.section)
-    if target.recipe is None:
-        what = "there is no base to compare with: this is neither a run nor an adapter"
+    if not (recorded := target.manifest.get("base")):
+        what = "there is no base to compare with: this is no run, no adapter and no merge"
         raise UsageError(what, where=target.name, hint="name the base as a target of its own")
-    name, recorded = target.recipe.model.name_or_path, target.manifest["base"]
-    files = find_model(name, revision=recorded["revision"])
+    files = find_model(recorded["id"], revision=recorded["revision"])
     _check_base(files, recorded["fingerprint"])
-    return Target(name, files, target.section)
+    return Target(recorded["id"], files, target.section)
 
 
 def _find_run(name: str, run: RunFolder, base: str | None) -> Target:
@@ -104,6 +112,37 @@ def _find_run(name: str, run: RunFolder, base: str | None) -> Target:
     files = _find_adapted(base) if base else _find_adapted(recipe.model.name_or_path, recorded["revision"])
     _check_base(files, recorded["fingerprint"])
     return Target(name, files, recipe.model, run.adapter, run, recipe, manifest)
+
+
+def _find_adapter(name: str, path: Path, base: str | None) -> Target:
+    """An adapter that lies alone; where ftcli made it, it says how, and of which base."""
+    origin = read_origin(path)
+    recorded = origin.get("base", {})
+    reference = base or recorded.get("id") or _read_base(path)
+    files = _find_adapted(reference, None if base else recorded.get("revision"))
+    if recorded:
+        _check_base(files, recorded["fingerprint"])
+    section = ModelSection(name_or_path=reference, dtype=origin.get("dtype", "auto"))
+    return Target(name, files, section, path, manifest=origin)
+
+
+def read_origin(adapter: Path) -> dict[str, Any]:
+    """What an adapter of ftcli says of its training, empty for any other: base, dtype, quantization, template.
+
+    Raises:
+        ContentError: it is damaged.
+    """
+    origin = read_json(adapter / ORIGIN) or {}
+    base = origin.get("base", {"id": "", "revision": None, "fingerprint": ""})
+    try:
+        ModelSection(name_or_path="any", dtype=origin.get("dtype", "auto"))
+        QuantizationSection(**(origin.get("quantization") or {}))
+        is_whole = isinstance(base, dict) and {"id", "revision", "fingerprint"} <= base.keys()
+    except (ValueError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise ContentError("is damaged", where=str(adapter / ORIGIN), hint="copy the adapter again")
+    return origin
 
 
 def _find_adapted(name: str, revision: str | None = None) -> ModelFiles:
@@ -142,7 +181,7 @@ def _check_base(files: ModelFiles, expected: str) -> None:
     """None if these files are the base of which ``expected`` is the fingerprint."""
     if fingerprint_model(files) != expected:
         raise ContentError(
-            "the base model is not the one that this run was trained on",
+            "the base model is another one than in training",
             where=files.reference,
             why="its config or weights differ from what the run recorded",
             hint="restore the model, or name the right one: ftcli merge … --base MODEL",

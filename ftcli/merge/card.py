@@ -19,7 +19,7 @@ def build_card(
     if "://" not in base and not base.startswith(("/", ".", "~")):
         front["base_model"] = base
     front["tags"] = ["ftcli", "lora", "merged"]
-    onto = "the dequantised 4-bit weights" if manifest["onto"] == "dequantized" else "the original weights"
+    onto = "the dequantized 4-bit weights" if manifest["onto"] == "dequantized" else "the original weights"
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).rstrip(),

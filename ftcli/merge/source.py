@@ -59,6 +59,8 @@ def find_source(reference: str | None = None, base: str | None = None) -> Source
         UsageError: there is no adapter, or the run has none.
         ContentError: the run is not finished or damaged, or the base is another one, or packed.
     """
+    if reference is not None and Path(reference).suffix.lower() in (".yaml", ".yml"):
+        raise UsageError("is a recipe", where=reference, hint="name the run that it made, or an adapter")
     if reference is not None and not RunFolder(Path(reference).expanduser()).holds_run():
         reference = str(find_adapter(reference))
     target = find_target(reference, base=base)

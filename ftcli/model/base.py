@@ -39,6 +39,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_cpu_bf16() else torch.float32
 
 
+def name_dtype(model: ModelSection) -> str:
+    """What the model of this section computes in here, as configs spell it."""
+    return str(choose_dtype(model.dtype, choose_device())).removeprefix("torch.")
+
+
 def has_cpu_bf16() -> bool:
     """Whether this CPU multiplies matrices in bfloat16 with instructions of its own."""
     probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)

@@ -64,7 +64,12 @@ def find_model(reference: str, *, revision: str | None = None) -> ModelFiles:
         return _open_path(path, reference)
     if looks_like_path(reference):
         raise UsageError("no such file or folder", where=reference, hint=suggest_path(path))
-    return _fetch_from_hub(reference, revision)
+    try:
+        return _fetch_from_hub(reference, revision)
+    except HubError as error:
+        if (suggestion := suggest_path(path)).startswith("did you mean"):
+            error.hint = f"{suggestion} Else: {error.hint}"
+        raise
 
 
 def find_tokenizer(reference: str, *, revision: str | None = None) -> ModelFiles:

@@ -12,9 +12,11 @@ from typing import Any
 
 from ftcli.data.chat import ChatRenderer
 from ftcli.data.tokenizer import save_tokenizer
+from ftcli.evaluate.target import ORIGIN
+from ftcli.model.base import name_dtype
 from ftcli.model.build import Built, save_adapter
-from ftcli.store.file import staged_folder
-from ftcli.store.run import RunFolder
+from ftcli.store.file import staged_folder, write_json
+from ftcli.store.run import MANIFEST_SCHEMA, RunFolder
 from ftcli.train.prepare import Prepared
 
 
@@ -37,8 +39,21 @@ def save_artifact(run: RunFolder, prepared: Prepared, built: Built) -> Path:
             name, revision = prepared.recipe.model.name_or_path, prepared.files.revision
             save_adapter(model, folder, initial_lora=built.initial_lora, base=name, revision=revision)
             generation_config.save_pretrained(str(folder))
+            write_json(folder / ORIGIN, _describe_origin(prepared))
         save_tokenizer(tokenizer, folder)
     return final
+
+
+def _describe_origin(prepared: Prepared) -> dict[str, Any]:
+    """What must be known of an adapter's training wherever it is used."""
+    recipe = prepared.recipe
+    return {
+        "schema": MANIFEST_SCHEMA,
+        **{key: prepared.inputs[key] for key in ("base", "tokenizer_sha256", "template_sha256", "template_date")},
+        "dtype": name_dtype(recipe.model),
+        "quantization": recipe.quantization.model_dump() if recipe.quantization and recipe.is_4bit else None,
+        "chat_template_kwargs": dict(recipe.tokenizer.chat_template_kwargs),
+    }
 
 
 def _copy_valid(generation_config: Any) -> Any:

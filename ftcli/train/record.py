@@ -9,7 +9,7 @@ from typing import Any
 
 from ftcli import __version__
 from ftcli.errors import ContentError, DiskError, Interrupted
-from ftcli.model.base import choose_device, choose_dtype
+from ftcli.model.base import name_dtype
 from ftcli.recipe import dump_recipe
 from ftcli.store.file import hash_file, write_text
 from ftcli.store.run import RunFolder, append_line, now_text, read_manifest, update_manifest
@@ -29,7 +29,7 @@ def write_start(run: RunFolder, prepared: Prepared, forecast: RunForecast | None
         started_at=now_text(),
         finished_at=None,
         versions=list_versions(),
-        dtype=str(choose_dtype(recipe.model.dtype, choose_device())).removeprefix("torch."),
+        dtype=name_dtype(recipe.model),
         **prepared.inputs,
         parent=recipe.peft.adapter if recipe.peft else None,
         data={part.name: asdict(part.report) for part in (prepared.split.train, *prepared.split.held_out)},

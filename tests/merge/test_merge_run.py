@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from ftcli.cli.app import app
 from ftcli.data.message import Message
-from ftcli.errors import ContentError, DiskError, UsageError
+from ftcli.errors import ContentError, UsageError
 from ftcli.evaluate.generate import Sampling
 from ftcli.evaluate.subject import open_subject
 from ftcli.events import Event, Notice, Stage
@@ -175,8 +175,8 @@ def change_adapter(run: RunFolder, base: Path) -> None:
 
 
 REFUSALS: dict[str, tuple[Callable[[RunFolder, Path], None], str]] = {
-    "weights": (change_base, "not the one that this run was trained on"),
-    "config": (change_config, "not the one that this run was trained on"),
+    "weights": (change_base, "another one than in training"),
+    "config": (change_config, "another one than in training"),
     "adapter": (change_adapter, "differs from what the run wrote"),
 }
 
@@ -219,6 +219,33 @@ def test_what_has_no_adapter_is_told(write_recipe: Any, tmp_path: Path) -> None:
     assert invoke(str(tmp_path / "nothing")).exit_code == 2
     assert invoke(str(tmp_path)).exit_code == 2
     assert invoke("x" * 300).exit_code == 2
+
+
+def test_an_adapter_that_left_its_run_knows_where_it_came_from(
+    write_recipe: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Its base is held in 4 bits again, and another base is refused."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    run = train(write_recipe(quantization=NF4, model={"name_or_path": str(base), "dtype": "float32"}))
+    shutil.copytree(run.adapter, tmp_path / "lone")
+    rows = str(tmp_path / "train.jsonl")
+    found = merge(str(tmp_path / "lone"), onto="dequantized", data=rows, output=tmp_path / "out").verification
+    assert found is not None
+    assert found.sets["data"].comparison.kl < 1e-6 < found.other["data"].comparison.kl
+    change_base(run, base)
+    with pytest.raises(ContentError, match="another one than in training"):
+        merge(str(tmp_path / "lone"), output=tmp_path / "other")
+
+
+def test_a_merged_model_knows_its_base(run: RunFolder) -> None:
+    merge(str(run.path), verifies=False)
+    subject = open_subject(str(run.path / "merged"), with_base=True)
+    assert subject.base is not None
+    question = [Message("user", "question 3")]
+    assert subject.base.answer(question, Sampling(max_new_tokens=6)) != subject.answer(
+        question, Sampling(max_new_tokens=6)
+    )
 
 
 def test_new_tokens_survive(write_recipe: Any, tmp_path: Path) -> None:
@@ -286,21 +313,6 @@ def test_a_qlora_run_of_the_real_model_answers_its_questions_after_the_merge(tmp
         subject = open_subject(str(tmp_path / onto))
         answers = {q: subject.answer([Message("user", q)], Sampling(max_new_tokens=12)) for q in facts}
         assert answers == facts
-
-
-def test_a_run_that_cannot_be_written_is_merged_into_another_place(
-    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise DiskError("cannot write: read-only file system", where="manifest.json")
-
-    monkeypatch.setattr("ftcli.merge.run.os.access", lambda path, mode: False)
-    monkeypatch.setattr("ftcli.merge.run.update_manifest", refuse)
-    monkeypatch.setattr("ftcli.merge.run.locked", refuse)
-    seen: list[Event] = []
-    merge(str(run.path), output=tmp_path / "out", verifies=False, on_event=seen.append)
-    assert (tmp_path / "out" / "model.safetensors").exists()
-    assert any(isinstance(event, Notice) and "read-only" in event.text for event in seen)
 
 
 def test_odd_names_are_shown_harmlessly(run: RunFolder, tmp_path: Path) -> None:
