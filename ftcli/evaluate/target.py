@@ -163,9 +163,10 @@ def _read_finished(run: RunFolder) -> dict[str, Any]:
             where=str(run.path),
             hint=f"go on with it: ftcli train {run.recipe} --set output_dir={run.path} --resume",
         )
-    base = manifest.get("base")
-    if not isinstance(base, dict) or not {"revision", "fingerprint"} <= base.keys():
-        raise ContentError("manifest.json is damaged: it does not say what the base is", where=str(run.path))
+    base, files = manifest.get("base"), manifest.get("files")
+    if not isinstance(base, dict) or not {"revision", "fingerprint"} <= base.keys() or not isinstance(files, dict):
+        what = "manifest.json is damaged: it does not say what the base is, or what the files"
+        raise ContentError(what, where=str(run.path), hint="restore the file, or train again")
     return manifest
 
 
