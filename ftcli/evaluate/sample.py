@@ -19,11 +19,15 @@ _NO_LIMIT = 1 << 40
 def load_run_split(recipe: Recipe, reading: Reading) -> DataSplit:
     """All documents of a run's recipe.
 
+    Where too long rows were an error the run had none; that another tokenizer makes more tokens of them is none.
+
     Raises:
         FtcliError: the files are not there any more, or cannot be read.
     """
-    held_out = recipe.eval.datasets if recipe.eval else ()
-    return load_split(recipe.datasets, recipe.data, held_out, reading, seed=recipe.train.seed)
+    held_out, data = recipe.eval.datasets if recipe.eval else (), recipe.data
+    if data.overflow == "error":
+        data = data.model_copy(update={"max_length": _NO_LIMIT})
+    return load_split(recipe.datasets, data, held_out, reading, seed=recipe.train.seed)
 
 
 def load_file_set(path: str, reading: Reading) -> DocumentSet:

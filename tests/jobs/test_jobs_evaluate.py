@@ -119,6 +119,17 @@ def test_other_tokens_are_compared_by_bytes(place: Path, tiny_model: Path) -> No
     assert found.n_tokens == first.n_tokens
 
 
+def test_rows_of_a_run_may_be_longer_in_other_tokens(place: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load((place / "lora.yaml").read_text())
+    write_rows(place / "longer.jsonl", ["the quick brown fox jumps"] * 2)
+    recipe |= {"datasets": [{"path": "longer.jsonl"}], "data": {"max_length": 42}, "output_dir": str(tmp_path / "run")}
+    recipe["train"]["max_steps"] = 1
+    (place / "longer.yaml").write_text(yaml.safe_dump(recipe))
+    train(place / "longer.yaml")
+    tuned, other = evaluate_targets([str(tmp_path / "run"), str(place / "short")]).standings
+    assert other.n_tokens > tuned.n_tokens
+
+
 def test_windows_and_limit(place: Path, tiny_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": f"the quick brown fox {i} " * 30}) + "\n" for i in range(3)))
