@@ -13,7 +13,7 @@ from typing import Any
 
 from ftcli.data.chat import ChatRenderer
 from ftcli.data.tokenizer import load_tokenizer
-from ftcli.errors import ContentError, UsageError
+from ftcli.errors import ContentError, HubError, UsageError
 from ftcli.recipe import ModelSection, QuantizationSection, Recipe, load_recipe
 from ftcli.store.file import read_json
 from ftcli.store.run import RunFolder, check_files, find_newest_run, read_manifest
@@ -149,9 +149,10 @@ def _find_adapted(name: str, revision: str | None = None) -> ModelFiles:
     """The files of an adapter's base."""
     try:
         return find_model(name, revision=revision)
-    except UsageError as error:
+    except (UsageError, HubError) as error:
         hint = f"{error.hint}; or name the base where it lies now: ftcli merge … --base MODEL".lstrip("; ")
-        raise UsageError(error.what, where=error.where, why="the adapter's base is not there", hint=hint) from error
+        kind = type(error)
+        raise kind(error.what, where=error.where, why="the adapter's base is not there", hint=hint) from error
 
 
 def _read_finished(run: RunFolder) -> dict[str, Any]:

@@ -110,7 +110,10 @@ def plan_merge(
         chosen = dtype or (packed_dtype if is_packed else kept)
         tensor = PlannedTensor(name, DTYPE_NAMES[chosen], shape)
         rows = adapter.rows.get(name) or (adapter.rows.get(embedding) if was_tied and name == head else None)
-        parts.append(Part(tensor, chosen, source, adapter.whole.get(name), adapter.lora.get(name), rows))
+        whole = adapter.whole.get(name) or (_find_shared(adapter, name, (embedding, head)) if was_tied else None)
+        parts.append(Part(tensor, chosen, source, whole, adapter.lora.get(name), rows))
+        if name in (embedding, head):
+            _check_rows(parts[-1], weights.entries[source].shape[0], adapter)
     return MergePlan(tuple(parts), stays_tied, was_tied and not stays_tied, n_rows)
 
 
@@ -208,6 +211,29 @@ def _count_rows(adapter: Adapter, tables: tuple[str, str], n_base: int) -> int:
             )
         n_rows = max([n_rows, *(index + 1 for index in new)])
     return n_rows
+
+
+def _find_shared(adapter: Adapter, name: str, tables: tuple[str, str]) -> Value | None:
+    """What stands in for one table of a tied model because the other is LoRA on it: both are one matrix below that."""
+    other = tables[name == tables[0]]
+    return adapter.whole.get(other) if name in tables and other in adapter.lora else None
+
+
+def _check_rows(part: Part, n_base: int, adapter: Adapter) -> None:
+    """None if every row of an embedding or head comes from the base or the adapter.
+
+    Raises:
+        ContentError: the vocabulary grew, and the adapter does not bring this matrix's new rows.
+    """
+    n_rows = part.tensor.shape[0]
+    n_found = part.whole.shape[0] if part.whole else n_base
+    missing = set(range(n_found, n_rows)) - set(part.rows[0] if part.rows else ())
+    if missing or (part.whole and n_found > n_rows):
+        raise ContentError(
+            f"the adapter makes the vocabulary {n_rows} rows large, and {part.name} has {n_found} of them",
+            where=str(adapter.folder),
+            hint="save the adapter again with the embedding and the head that it was trained with",
+        )
 
 
 def _move_alike(adapter: Adapter, embedding: str, head: str) -> bool:

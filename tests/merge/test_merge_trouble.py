@@ -159,3 +159,35 @@ def test_what_a_killed_merge_had_set_aside_comes_back_or_goes(make_adapter: Make
     gone.mkdir()
     merge(str(adapter), output=out, overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "out"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [True, False])
+def test_lora_on_an_embedding_that_grew(make_adapter: Make, tmp_path: Path, tied: bool) -> None:
+    """A tied head takes the new rows from below the LoRA; of a head of its own PEFT saves none."""
+    from transformers import AutoModelForCausalLM
+
+    _, adapter = make_adapter(tied=tied, target_modules=["q_proj", "embed_tokens"], n_new=3)
+    path, key = adapter / "adapter_model.safetensors", "base_model.model.model.embed_tokens.base_layer.weight"
+    weights = load_file(path)
+    weights[key] = torch.randn(387, 64)
+    save_file(weights, path)
+    if not tied:
+        with pytest.raises(ContentError, match=r"vocabulary 387 rows large, and lm_head.weight has 384"):
+            merge(str(adapter), output=tmp_path / "out")
+        return
+    merge(str(adapter), output=tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.lm_head.weight, weights[key])
+    prefix = "base_model.model.model.embed_tokens.lora_embedding_"
+    update = 2 * (weights[f"{prefix}B"] @ weights[f"{prefix}A"]).T
+    torch.testing.assert_close(model.model.embed_tokens.weight.detach(), weights[key] + update)
+
+
+def test_tables_of_different_lengths_are_refused(make_adapter: Make, tmp_path: Path) -> None:
+    _, adapter = make_adapter(target_modules=["q_proj"], tied=False)
+    path = adapter / "adapter_model.safetensors"
+    tables = {"model.embed_tokens": torch.randn(387, 64), "lm_head": torch.randn(384, 64)}
+    save_file({**load_file(path), **{f"base_model.model.{n}.weight": v for n, v in tables.items()}}, path)
+    with pytest.raises(ContentError, match=r"lm_head.weight has 384"):
+        merge(str(adapter), output=tmp_path / "out")
