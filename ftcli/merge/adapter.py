@@ -123,6 +123,8 @@ def read_adapter(folder: Path) -> Adapter:
             parts.setdefault(found[1], {})["magnitude"] = value.read().float()
         elif found := _ROWS.fullmatch(name):
             rows[f"{found[1]}.weight"] = (_find_indices(config, found[1], value.shape[0], folder), value.read())
+        elif ".original_module." in name:
+            continue  # what a saved module replaces; PEFT writes it where a vocabulary grew
         elif key.startswith(_PREFIX) and name.endswith((".weight", ".bias")) and ".lora_" not in name:
             whole[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = value
         else:

@@ -152,7 +152,9 @@ def check_fit(adapter: Adapter, skeleton: Any, n_rows: int) -> None:
 
 
 def _is_table(key: str, tables: tuple[str, ...]) -> bool:
-    return key.replace(".base_layer.", ".").endswith(tables)
+    for wrapper in (".base_layer.", ".modules_to_save.", ".original_module."):
+        key = key.replace(wrapper, ".")
+    return key.endswith(tables)
 
 
 def _explain(problems: list[str], adapter: Adapter) -> ContentError:

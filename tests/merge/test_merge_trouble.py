@@ -191,3 +191,19 @@ def test_tables_of_different_lengths_are_refused(make_adapter: Make, tmp_path: P
     save_file({**load_file(path), **{f"base_model.model.{n}.weight": v for n, v in tables.items()}}, path)
     with pytest.raises(ContentError, match=r"lm_head.weight has 384"):
         merge(str(adapter), output=tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_peft_writes_of_saved_tables_that_grew(make_adapter: Make, tmp_path: Path) -> None:
+    """Its default for a grown vocabulary: the trained tables twice, and those that they replace."""
+    _, adapter = make_adapter(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], n_new=2)
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    for name in ("base_model.model.model.embed_tokens", "base_model.model.lm_head"):
+        weights[f"{name}.modules_to_save.weight"] = weights[f"{name}.weight"].clone()
+        weights[f"{name}.original_module.weight"] = torch.zeros(386, 64)
+    save_file(weights, path)
+    merge(str(adapter), output=tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name in ("model.embed_tokens", "lm_head"):
+        assert torch.equal(merged[f"{name}.weight"], weights[f"base_model.model.{name}.weight"])
