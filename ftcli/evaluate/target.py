@@ -93,7 +93,8 @@ def find_base(target: Target) -> Target:
         ContentError: the base is another one now.
     """
     if target.adapter:
-        return Target(target.files.reference, target.files, target.section)
+        name = target.files.reference + (" (4 bits)" if target.quantization else "")
+        return Target(name, target.files, target.section)
     if not (recorded := target.manifest.get("base")):
         what = "there is no base to compare with: this is no run, no adapter and no merge"
         raise UsageError(what, where=target.name, hint="name the base as a target of its own")
@@ -138,6 +139,7 @@ def read_origin(adapter: Path) -> dict[str, Any]:
         ModelSection(name_or_path="any", dtype=origin.get("dtype", "auto"))
         QuantizationSection(**(origin.get("quantization") or {}))
         is_whole = isinstance(base, dict) and {"id", "revision", "fingerprint"} <= base.keys()
+        is_whole &= _is_date(origin.get("template_date"))
     except (ValueError, TypeError):
         is_whole = False
     if not is_whole:
@@ -165,10 +167,19 @@ def _read_finished(run: RunFolder) -> dict[str, Any]:
             hint=f"go on with it: ftcli train {run.recipe} --set output_dir={run.path} --resume",
         )
     base, files = manifest.get("base"), manifest.get("files")
-    if not isinstance(base, dict) or not {"revision", "fingerprint"} <= base.keys() or not isinstance(files, dict):
+    is_whole = isinstance(base, dict) and {"id", "revision", "fingerprint"} <= base.keys() and isinstance(files, dict)
+    if not is_whole or not _is_date(manifest.get("template_date")):
         what = "manifest.json is damaged: it does not say what the base is, or what the files"
         raise ContentError(what, where=str(run.path), hint="restore the file, or train again")
     return manifest
+
+
+def _is_date(value: Any) -> bool:
+    """Whether a manifest may say so of the template's date."""
+    try:
+        return value is None or bool(datetime.fromisoformat(value))
+    except (ValueError, TypeError):
+        return False
 
 
 def _read_base(adapter: Path) -> str:

@@ -3,7 +3,8 @@
     W' = round(W + s·B·A)        DoRA: round(m / ‖W + s·B·A‖ · (W + s·B·A)), the norm over the inputs of each output
 
 Sources: LoRA (arXiv 2106.09685) §4.1, DoRA (arXiv 2402.09353) eq. 5; the order of operations is that of PEFT's
-``get_delta_weight``, so that a merge in float32 equals PEFT's to the last bit.
+``get_delta_weight``, so that LoRA merged in float32 equals PEFT's to the last bit, and DoRA but for the order in which
+a norm is added up.
 """
 
 from __future__ import annotations

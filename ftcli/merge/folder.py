@@ -70,19 +70,11 @@ def write_config(folder: Path, files: ModelFiles, skeleton: Any, plan: MergePlan
     config["vocab_size"] = plan.vocab_size
     if plan.splits_tie:
         config["tie_word_embeddings"] = False
-    config["dtype" if "dtype" in config else "torch_dtype" if "torch_dtype" in config else "dtype"] = _name_dtype(plan)
+    config["dtype" if "dtype" in config else "torch_dtype" if "torch_dtype" in config else "dtype"] = plan.dtype
     config.pop("_name_or_path", None)
     write_json(folder / "config.json", config)
     for path in files.folder.glob("*.py") if config.get("auto_map") else ():
         shutil.copyfile(path, folder / path.name)
-
-
-def _name_dtype(plan: MergePlan) -> str:
-    """The dtype of most bytes, as configs spell it."""
-    sizes: dict[torch.dtype, int] = {}
-    for part in plan.parts:
-        sizes[part.dtype] = sizes.get(part.dtype, 0) + part.tensor.size_bytes
-    return str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")
 
 
 def write_tokenizer(folder: Path, files: ModelFiles, adapter: Path) -> None:

@@ -74,6 +74,19 @@ class MergePlan:
     splits_tie: bool
     vocab_size: int
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(part.tensor.size_bytes for part in self.parts)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of most bytes, as configs spell it."""
+        sizes: dict[torch.dtype, int] = {}
+        for part in self.parts:
+            sizes[part.dtype] = sizes.get(part.dtype, 0) + part.tensor.size_bytes
+        return str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")
+
 
 def plan_merge(
     adapter: Adapter, weights: Weights, skeleton: Any, *, dtype: torch.dtype | None, packed_dtype: torch.dtype

@@ -127,7 +127,7 @@ def merge(
     final = find_output(output, source)
     bring_back(final)
     check_output(final, source, overwrite=overwrite)
-    on_event(Stage("merge", f"{source.name} into {source.files.reference}"))
+    on_event(Stage("check", f"{source.name} and {source.files.reference}"))
     # a run that is only read may be another's, and its folder not ours to write
     run = source.run if source.run and final.resolve().is_relative_to(source.run.path.resolve()) else None
     with locked(run) if run else nullcontext():
@@ -164,6 +164,7 @@ class _Merging:
             write_config(folder, files, self.skeleton, self.plan)
             write_tokenizer(folder, files, adapter)
             write_generation_config(folder, files, adapter, self.skeleton, self._list_stops())
+            self.on_event(Stage("merge", f"{len(self.plan.parts)} tensors"))
             survivals = write_weights(folder, self.plan, self.weights, self.on_event)
             merged = self._describe(tuple(survivals), self._verify(folder, sets) if verifies else None)
             self._write_records(folder, merged)
@@ -265,14 +266,11 @@ class _Merging:
         return lambda model: fill_weights(model, self.plan, other)
 
     def _describe(self, survivals: tuple[Survival, ...], verification: Verification | None) -> Merged:
-        sizes: dict[torch.dtype, int] = {}
-        for part in self.plan.parts:
-            sizes[part.dtype] = sizes.get(part.dtype, 0) + part.tensor.size_bytes
         return Merged(
             source=self.source.name,
             output=str(self.final),
-            size_bytes=sum(sizes.values()),
-            dtype=str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch."),
+            size_bytes=self.plan.size_bytes,
+            dtype=self.plan.dtype,
             onto=self.onto,
             n_merged=sum(not part.is_copy for part in self.plan.parts),
             n_copied=sum(part.is_copy for part in self.plan.parts),

@@ -151,7 +151,7 @@ def open_stored(files: ModelFiles, skeleton: nn.Module) -> StoredWeights:
     """
     config: Any = skeleton.config
     table = read_weight_table(files.gguf_path or files.folder)
-    problems = table.faults + [f.text for f in table.findings if f.code == "two_layouts"]
+    problems = table.faults
     wanted = {name: tuple(value.shape) for name, value in list_weights(skeleton).items()}
     entries: dict[str, TensorEntry] = {}
     for entry in table.tensors:

@@ -146,7 +146,7 @@ def check_files(run: RunFolder) -> None:
     """
     for name, entry in read_manifest(run).get("files", {}).items():
         path = run.path / name
-        if not path.is_file() or hash_file(path) != entry["sha256"]:
+        if not path.is_file() or not isinstance(entry, dict) or hash_file(path) != entry.get("sha256"):
             what = "is missing" if not path.is_file() else "differs from what the run wrote"
             raise ContentError(what, where=str(path), hint="restore the file, or train again")
 
@@ -191,7 +191,7 @@ def locked(run: RunFolder) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DiskError(
-                "another run is training into this folder",
+                "another process works in this folder",
                 where=str(run.path),
                 hint="wait for it, or set another output_dir",
             ) from error

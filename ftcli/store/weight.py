@@ -31,7 +31,15 @@ _MOST_INDEX_BYTES, _MOST_SHARDS = 1 << 26, 10_000
 _MOST_TEXT, _MOST_METADATA = 4096, 200
 # .bin files that lie beside weights and are none
 _OTHER_BIN = re.compile(r"(training_args|optimizer|scheduler|scaler|random_states|rng_state|openvino_|trainer_state).*")
-_FAULTS = {"missing_shard", "missing_tensor", "double_tensor", "misplaced_tensor", "outside", "incomplete"}
+_FAULTS = {
+    "missing_shard",
+    "missing_tensor",
+    "double_tensor",
+    "misplaced_tensor",
+    "outside",
+    "incomplete",
+    "two_layouts",
+}
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin|gguf)")
 
 

@@ -154,7 +154,7 @@ def test_an_existing_run_is_neither_overwritten_nor_shared(write_recipe: Any, tm
     with pytest.raises(UsageError, match="holds a run already"):
         train(path)
     assert run.metrics.read_bytes() == before
-    with locked(run), pytest.raises(DiskError, match="another run is training"):
+    with locked(run), pytest.raises(DiskError, match="another process works"):
         train(path, overwrite=True)
     train(path, overwrite=True)
     foreign = tmp_path / "foreign"
