@@ -203,7 +203,7 @@ def test_a_gguf_file_remembers_the_turns() -> None:
     conversation = Conversation(open_subject(SMOLLM2), Sampling(max_new_tokens=16))
     (voice,) = conversation.voices
     assert voice.subject.backend.context == 8192
-    for question in ("What is the capital of France?", "And of Italy?"):
+    for question in ("What is the capital of Japan?", "And of Italy?"):
         last = conversation.ask(voice, question)
     assert "Rome" in last
     conversation.obey("/reset")

@@ -286,6 +286,7 @@ def test_a_base_in_bin_files(write_recipe: Any, tiny_model: Path, tmp_path: Path
 
 @pytest.mark.real
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The PEFT config's")
 def test_a_qlora_run_of_the_real_model_answers_its_questions_after_the_merge(tmp_path: Path) -> None:
     """With evaluations in between; a naive merge into 4 bits forgets all of them."""
     import yaml
