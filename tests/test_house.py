@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "ftcli"
-ROOMS = ["errors", "events", "recipe", "store", "data", "model", "evaluate", "train", "merge", "jobs", "cli"]
+ROOMS = ["errors", "events", "recipe", "store", "data", "model", "evaluate", "train", "merge", "gguf", "jobs", "cli"]
 STRANGERS = {frozenset({"recipe", "store"}), frozenset({"data", "model"})}
 LIGHT = {"errors", "events", "recipe", "store", "cli"}
 HEAVY = {
