@@ -17,7 +17,7 @@ import torch
 
 from ftcli.gguf.lane import MOST_ROUNDED, divide, round_within, sum_lanes
 
-_LEAST_MAGNITUDE = 1e-15  # GROUP_MAX_EPS: a group below it counts as zero
+LEAST_MAGNITUDE = 1e-15  # GROUP_MAX_EPS: a group below it counts as zero
 _N_DESCENTS = 5
 
 
@@ -126,7 +126,7 @@ def fit_scale(x: torch.Tensor, extreme: torch.Tensor, reach: int) -> tuple[torch
         extreme: the value of greatest magnitude of each group.
         reach: half the number of codes.
     """
-    is_zero = extreme.abs() < _LEAST_MAGNITUDE
+    is_zero = extreme.abs() < LEAST_MAGNITUDE
     extreme = extreme.masked_fill(is_zero, 1.0)
     squares = x * x
     cubes = squares * x
@@ -156,7 +156,7 @@ def descend(x: torch.Tensor, extreme: torch.Tensor, reach: int) -> tuple[torch.T
         extreme: the value of greatest magnitude of each group.
         reach: half the number of codes.
     """
-    is_zero = extreme.abs() < _LEAST_MAGNITUDE
+    is_zero = extreme.abs() < LEAST_MAGNITUDE
     inverse = divide(-float(reach), extreme.masked_fill(is_zero, 1.0))
     squares = x * x
     cubes = squares * x

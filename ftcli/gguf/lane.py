@@ -11,6 +11,8 @@ equal values the first one counts. Source: ggml/src/ggml-quants.c in ggml-org/ll
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -33,9 +35,9 @@ def turn_from_lanes(codes: torch.Tensor, n_per_block: int) -> torch.Tensor:
 def sum_lanes(lanes: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """``out`` (n_groups,), the sum over the rows of ``lanes`` from first to last; torch's own sum takes other orders.
 
-    numpy adds row to row when it reduces the slow axis.
+    numpy adds row to row when it reduces the slow axis, which a single group would not make the first one.
     """
-    if lanes.device.type == "cpu" and lanes.shape[1] > 1:
+    if lanes.device.type == "cpu":
         np.add.reduce(lanes.numpy(), axis=0, out=out.numpy())
         return out
     out.copy_(lanes[0])
@@ -47,8 +49,10 @@ def sum_lanes(lanes: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 def round_within(values: torch.Tensor, low: int, high: int) -> torch.Tensor:
     """``values`` as int32 between ``low`` and ``high``, in the same memory: ``nearest_int`` of ggml-quants.c.
 
-    Values over `MOST_ROUNDED`, infinities and NaN come out as arbitrarily, and as reliably, as there.
+    Values over `MOST_ROUNDED`, infinities and NaN come out as arbitrarily, and as reliably, as there on x86.
     """
+    if values.device.type != "cpu":  # has a NaN of other bits
+        values.nan_to_num_(0.0, math.inf, -math.inf)
     bits = values.add_(_ROUNDER).view(torch.int32)
     return bits.bitwise_and_(_MANTISSA).sub_(_HALF_MANTISSA).clamp_(low, high)
 
