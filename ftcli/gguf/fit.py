@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ftcli.gguf.lane import MOST_ROUNDED, divide, round_within, sum_lanes
+from ftcli.gguf.lane import MOST_ROUNDED, build_mask, divide, overwrite, round_within, sum_lanes
 
 LEAST_MAGNITUDE = 1e-15  # GROUP_MAX_EPS: a group below it counts as zero
 _N_DESCENTS = 5
@@ -60,7 +60,7 @@ def fit_scale_and_minimum(x: torch.Tensor, weights: torch.Tensor, search: Search
     is_flat = high == minimum
     high = torch.where(is_flat, minimum + 1.0, high)  # these are set at the end
     codes, buffer, spare = (torch.empty_like(x) for _ in range(3))
-    sum_w, sum_x, sum_l, sum_l2, sum_xl, error = (torch.empty_like(high) for _ in range(6))
+    sum_w, sum_x, sum_l, sum_l2, sum_xl, error, flags = (torch.empty_like(high) for _ in range(7))
     sum_lanes(weights, sum_w)
     sum_lanes(torch.mul(weights, x, out=buffer), sum_x)
 
@@ -73,7 +73,7 @@ def fit_scale_and_minimum(x: torch.Tensor, weights: torch.Tensor, search: Search
     scale = divide(1.0, inverse)
     _encode(x, minimum, inverse, search.top, low, high, out=codes)
     best = measure(scale, minimum, torch.empty_like(high)).masked_fill_(is_flat, -1.0)
-    origin, chosen = minimum, inverse
+    minimum, origin, chosen = minimum.clone(), minimum.clone(), inverse
     for numerator in search.list_numerators():
         inverse = divide(numerator, high - minimum)
         _encode(x, minimum, inverse, search.top, low, high, out=codes)
@@ -83,14 +83,14 @@ def fit_scale_and_minimum(x: torch.Tensor, weights: torch.Tensor, search: Search
         determinant = (sum_w * sum_l2).sub_(sum_l * sum_l)
         new_scale = (sum_w * sum_xl).sub_(sum_x * sum_l).div_(determinant)
         new_minimum = (sum_l2 * sum_x).sub_(sum_l * sum_xl).div_(determinant)
-        is_positive = new_minimum > 0
-        new_minimum.masked_fill_(is_positive, 0.0)
-        new_scale = torch.where(is_positive, sum_xl / sum_l2, new_scale)
-        measure(new_scale, new_minimum, error)
-        is_better = (error < best).logical_and_(determinant > 0)
-        best = torch.where(is_better, error, best)
-        origin, chosen = torch.where(is_better, minimum, origin), torch.where(is_better, inverse, chosen)
-        scale, minimum = torch.where(is_better, new_scale, scale), torch.where(is_better, new_minimum, minimum)
+        overwrite(new_scale, sum_xl.div_(sum_l2), build_mask(torch.gt(new_minimum, 0, out=flags)))
+        measure(new_scale, new_minimum.clamp_(max=0.0), error)
+        is_better = build_mask(torch.lt(error, best, out=flags).mul_(determinant.gt_(0)))
+        overwrite(best, error, is_better)
+        overwrite(origin, minimum, is_better)
+        overwrite(chosen, inverse, is_better)
+        overwrite(scale, new_scale, is_better)
+        overwrite(minimum, new_minimum, is_better)
     return Fit(scale.masked_fill(is_flat, 0.0), -minimum, origin, chosen.masked_fill(is_flat, 0.0))
 
 
@@ -131,7 +131,7 @@ def fit_scale(x: torch.Tensor, extreme: torch.Tensor, reach: int) -> tuple[torch
     squares = x * x
     cubes = squares * x
     codes, buffer = torch.empty_like(x), torch.empty_like(x)
-    sum_lx, sum_l2 = torch.empty_like(extreme), torch.empty_like(extreme)
+    sum_lx, sum_l2, flags = (torch.empty_like(extreme) for _ in range(3))
     scale = best = chosen = torch.zeros_like(extreme)
     for i in (0, *range(-9, 0), *range(1, 10)):
         inverse = divide(-float(np.float32(reach) + np.float32(0.1) * np.float32(i)), extreme)
@@ -142,9 +142,12 @@ def fit_scale(x: torch.Tensor, extreme: torch.Tensor, reach: int) -> tuple[torch
             scale = torch.where(sum_l2 == 0, 0.0, sum_lx / sum_l2)
             best, chosen = scale * sum_lx, inverse
             continue
-        is_better = (sum_lx * sum_lx > best * sum_l2).logical_and_(sum_l2 > 0)
-        scale = torch.where(is_better, sum_lx / sum_l2, scale)
-        best, chosen = torch.where(is_better, scale * sum_lx, best), torch.where(is_better, inverse, chosen)
+        torch.gt(sum_lx * sum_lx, best * sum_l2, out=flags)
+        is_better = build_mask(flags.mul_(sum_l2 > 0))
+        new_scale = sum_lx / sum_l2
+        overwrite(scale, new_scale, is_better)
+        overwrite(best, new_scale.mul_(sum_lx), is_better)
+        overwrite(chosen, inverse, is_better)
     return scale.masked_fill(is_zero, 0.0), chosen.masked_fill(is_zero, 0.0)
 
 
@@ -186,22 +189,22 @@ def _descend_once(
     sum_l2: torch.Tensor,
     reach: int,
 ) -> torch.Tensor:
-    """Which groups (bool) changed; ``codes``, ``sum_lx`` and ``sum_l2`` are written to."""
-    moved = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
-    rest_lx, rest_l2, new, left, right = (torch.empty_like(sum_lx) for _ in range(5))
+    """Which groups changed, as a mask; ``codes``, ``sum_lx`` and ``sum_l2`` are written to."""
+    moved = torch.zeros(x.shape[1], dtype=torch.int32, device=x.device)
+    rest_lx, rest_l2, new, left, right, flags = (torch.empty_like(sum_lx) for _ in range(6))
     for value, square, cube, code in zip(x, squares, cubes, codes, strict=True):
         torch.sub(sum_lx, torch.mul(cube, code, out=left), out=rest_lx)
         torch.sub(sum_l2, torch.mul(square, code, out=left).mul_(code), out=rest_l2)
         torch.mul(value, rest_l2, out=left).div_(rest_lx)
         new.copy_(round_within(left, -reach, reach - 1))
-        takes = (rest_lx > 0).logical_and_(new != code)
+        torch.gt(rest_lx, 0, out=flags).mul_(torch.ne(new, code, out=left))
         rest_lx.add_(torch.mul(cube, new, out=left))
         rest_l2.add_(torch.mul(square, new, out=left).mul_(new))
         torch.mul(rest_lx, rest_lx, out=left).mul_(sum_l2)
         torch.mul(sum_lx, sum_lx, out=right).mul_(rest_l2)
-        takes.logical_and_(rest_l2 > 0).logical_and_(left > right)
-        torch.where(takes, new, code, out=code)
-        torch.where(takes, rest_lx, sum_lx, out=sum_lx)
-        torch.where(takes, rest_l2, sum_l2, out=sum_l2)
-        moved.logical_or_(takes)
+        takes = build_mask(flags.mul_(left.gt_(right)).mul_(torch.gt(rest_l2, 0, out=right)))
+        overwrite(code, new, takes)
+        overwrite(sum_lx, rest_lx, takes)
+        overwrite(sum_l2, rest_l2, takes)
+        moved.bitwise_or_(takes)
     return moved

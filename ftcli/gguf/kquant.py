@@ -50,7 +50,7 @@ _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 def quantize_rows(values: torch.Tensor, kind: str) -> torch.Tensor:
     """``values`` (rows, n) as bytes (rows, size) of the GGUF type ``kind``, on the same device.
 
-    Needs about 10 MB beside the two (on a GPU 200) where ``values`` is contiguous, of any floating type; F32 may share
+    Needs about 20 MB beside the two (on a GPU 200) where ``values`` is contiguous, of any floating type; F32 may share
     its memory. Infinities and NaN are not looked for. Threads are the caller's matter: one inside torch serves best,
     with several tensors side by side.
 
@@ -98,7 +98,9 @@ def _quantize_q3_k(x: torch.Tensor) -> torch.Tensor:
     scale_bytes, scale = split_half(divide(1.0, inverse).masked_fill_(extreme == 0, 0.0).squeeze(1))
     step = (scale.unsqueeze(1) * (scale_codes - 32)).view(-1)
     rounded = round_within(lanes / step, -4, 3).add_(4)
-    bytes_ = turn_from_lanes(torch.where(step == 0, codes.to(torch.int32), rounded), _BLOCK)
+    if len(kept := (step == 0).nonzero().squeeze(1)):
+        rounded[:, kept] = codes[:, kept].to(torch.int32)
+    bytes_ = turn_from_lanes(rounded, _BLOCK)
     third = _merge_bits((bytes_ >> 2).view(-1, 8, 32), 1)
     low, high = scale_codes.to(torch.uint8) & 15, (scale_codes >> 4).to(torch.uint8).view(-1, 4, 4)
     packed = (low[:, :8] | low[:, 8:] << 4, _merge_bits(high, 2))
@@ -200,9 +202,9 @@ _QUANTIZERS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int]] = {
     "Q4_1": (partial(quantize_with_minimum, n_bits=4), 1 << 18),
     "Q5_0": (partial(quantize_symmetric, n_bits=5), 1 << 18),
     "Q5_1": (partial(quantize_with_minimum, n_bits=5), 1 << 18),
-    "Q2_K": (_quantize_q2_k, 1 << 17),
+    "Q2_K": (_quantize_q2_k, 1 << 18),
     "Q3_K": (_quantize_q3_k, 1 << 19),
-    "Q4_K": (partial(_quantize_q45_k, kind="Q4_K"), 1 << 17),
-    "Q5_K": (partial(_quantize_q45_k, kind="Q5_K"), 1 << 17),
+    "Q4_K": (partial(_quantize_q45_k, kind="Q4_K"), 1 << 18),
+    "Q5_K": (partial(_quantize_q45_k, kind="Q5_K"), 1 << 18),
     "Q6_K": (_quantize_q6_k, 1 << 18),
 }

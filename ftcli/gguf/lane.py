@@ -67,6 +67,17 @@ def divide_by(values: torch.Tensor, number: float) -> torch.Tensor:
     return torch.div(values, torch.full((), number, dtype=torch.float32, device=values.device))
 
 
+def build_mask(flags: torch.Tensor) -> torch.Tensor:
+    """All bits of an int32 where ``flags``, floats, are 1, and none where they are 0; for `overwrite`."""
+    return flags.to(torch.int32).neg_()
+
+
+def overwrite(old: torch.Tensor, new: torch.Tensor, mask: torch.Tensor) -> None:
+    """Nothing; ``old`` holds ``new`` where ``mask`` has bits. torch.where branches at each value: 10 times as slow."""
+    bits = old.view(torch.int32)
+    bits.bitwise_xor_((bits ^ new.view(torch.int32)).bitwise_and_(mask))
+
+
 def find_extreme(groups: torch.Tensor) -> torch.Tensor:
     """The value of greatest magnitude in each row of ``groups`` (n_groups, n), the first of equals; 0 is never -0."""
     low, high = groups.amin(1), groups.amax(1)  # torch.aminmax takes ten times as long
