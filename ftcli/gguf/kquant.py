@@ -89,7 +89,7 @@ def _quantize_q2_k(x: torch.Tensor) -> torch.Tensor:
 
 def _quantize_q3_k(x: torch.Tensor) -> torch.Tensor:
     lanes = turn_to_lanes(x, 16)
-    scales, codes = descend(lanes, find_extreme(x.reshape(-1, 16)), 4)
+    scales, found = descend(lanes, find_extreme(x.reshape(-1, 16)), 4)
     scales = scales.view(-1, 16)
     extreme = find_extreme(_drop_nan(scales)).unsqueeze(1)
     inverse = divide(-32.0, extreme)
@@ -97,14 +97,14 @@ def _quantize_q3_k(x: torch.Tensor) -> torch.Tensor:
     scale_codes.masked_fill_(extreme == 0, 0)
     scale_bytes, scale = split_half(divide(1.0, inverse).masked_fill_(extreme == 0, 0.0).squeeze(1))
     step = (scale.unsqueeze(1) * (scale_codes - 32)).view(-1)
-    rounded = round_within(lanes / step, -4, 3).add_(4)
+    codes = round_within(lanes / step, -4, 3).add_(4)
     if len(kept := (step == 0).nonzero().squeeze(1)):
-        rounded[:, kept] = codes[:, kept].to(torch.int32)
-    bytes_ = turn_from_lanes(rounded, _BLOCK)
-    third = _merge_bits((bytes_ >> 2).view(-1, 8, 32), 1)
+        codes[:, kept] = found[:, kept].to(torch.int32)
+    codes = turn_from_lanes(codes, _BLOCK)
+    third = _merge_bits((codes >> 2).view(-1, 8, 32), 1)
     low, high = scale_codes.to(torch.uint8) & 15, (scale_codes >> 4).to(torch.uint8).view(-1, 4, 4)
     packed = (low[:, :8] | low[:, 8:] << 4, _merge_bits(high, 2))
-    return torch.cat((third, _pack_pairs(bytes_ & 3), *packed, scale_bytes), dim=1)
+    return torch.cat((third, _pack_pairs(codes & 3), *packed, scale_bytes), dim=1)
 
 
 def _quantize_q45_k(x: torch.Tensor, kind: str) -> torch.Tensor:

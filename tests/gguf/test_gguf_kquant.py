@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -166,10 +168,27 @@ def test_nothing_depends_on_how_the_work_is_cut() -> None:
         assert torch.equal(whole, quantize_rows(values.t().contiguous().t(), kind))
 
 
-def test_half_precision_and_no_rows_at_all() -> None:
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+@pytest.mark.parametrize("kind", KINDS[3:])
+def test_little_memory_is_needed_beside_input_and_output(kind: str) -> None:
+    values = torch.randn(8192, 2048, generator=torch.Generator().manual_seed(0))
+    quantize_rows(values[:512], kind)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = read_memory("VmRSS")
+    written = quantize_rows(values, kind)
+    assert read_memory("VmHWM") - before - written.numel() < 40 << 20 < values.numel() * 4
+
+
+def read_memory(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def test_half_precision_parameters_and_no_rows_at_all() -> None:
     values = torch.randn(4, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     for kind in KINDS:
-        assert torch.equal(quantize_rows(values, kind), quantize_rows(values.float(), kind))
+        assert torch.equal(quantize_rows(values, kind), quantize_rows(torch.nn.Parameter(values.float()), kind))
         assert quantize_rows(values[:0], kind).shape == (0, 256 // NUMBERS[kind][1] * NUMBERS[kind][2])
 
 
