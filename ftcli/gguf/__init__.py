@@ -1,1 +1,1 @@
-"""Models as GGUF files, without llama.cpp: weights in its types, bit for bit as it would write them."""
+"""A transformers model as one GGUF file, the way llama.cpp's own converter writes it."""

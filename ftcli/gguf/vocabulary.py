@@ -1,0 +1,276 @@
+"""The tokenizer as llama.cpp reads it: tokens with scores and kinds, merges, special ids, template.
+
+The converter's output, except where that would not give the ids or the text that the model was trained on:
+
+- The pre-tokenizer is told by tokenizer.json's own pattern. The converter goes by a hash of some encoded text, which
+  changes with every token that is added, and then refuses.
+- Without tokenizer.model, scores of a SentencePiece vocabulary are those that its order means. The converter writes
+  −1000 for all of Llama 2's and Mistral's, so that nothing is ever joined, and refuses Phi-3 and Gemma.
+- Added tokens come from tokenizer.json, which names them all; the converter looks for them where transformers 5 no
+  longer writes them. Words that a recipe added stay visible, whatever they look like.
+- Whether a text begins with BOS or a blank is told wherever llama.cpp would assume otherwise, and the token that ends a
+  turn where it would not know it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftcli.data.chat import ChatRenderer
+from ftcli.errors import ContentError
+from ftcli.gguf.family import CONVERTER, Family
+from ftcli.gguf.piece_model import read_pieces
+from ftcli.gguf.write import Value
+from ftcli.store.file import read_json
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # enum llama_token_type in llama.h
+_ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+_BLANK = "▁"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_START = r"[^\r\n\p{L}\p{N}]?"
+# pattern of the pre-tokenizer → llama.cpp's name of it (llama-vocab.cpp)
+_PATTERNS = {
+    rf"{_CONTRACTIONS}|{_START}\p{{L}}+|\p{{N}}{{1,3}}{_TAIL}": "llama-bpe",
+    rf"{_CONTRACTIONS}|{_START}\p{{L}}+|\p{{N}}{_TAIL}": "qwen2",
+    rf"{_START}{_UPPER}*{_LOWER}+|{_START}{_UPPER}+{_LOWER}*|\p{{N}}{_CASED_TAIL}": "tekken",
+    rf"{_START}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_START}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+    rf"|\p{{N}}{{1,3}}{_CASED_TAIL}": "gpt-4o",
+}
+_BEGINS_WITH_BOS = {"llama-bpe", "tekken", "default"}  # what llama.cpp assumes unless told; default is SentencePiece
+# what llama.cpp ends an answer at by itself
+_KNOWN_ENDS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>"}
+_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
+_LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
+_SMOLLM_SIZE = 49152
+
+
+@dataclass(frozen=True)
+class Token:
+    """One id: what it spells, its kind (llama.cpp's number) and how early it is joined."""
+
+    text: str
+    kind: int
+    score: float = 0.0
+
+
+@dataclass(frozen=True)
+class VocabularyKeys:
+    """The keys, and what is to be said: ids past the embedding's last row, which are left out."""
+
+    keys: dict[str, Value]
+    left_out: tuple[str, ...]
+
+
+def build_vocabulary(
+    tokenizer: Any, folder: Path, family: Family, n_rows: int, *, visible: Collection[str] = ()
+) -> VocabularyKeys:
+    """The keys of ``tokenizer`` in the converter's order.
+
+    Args:
+        tokenizer: a fast transformers tokenizer, as it was trained with.
+        folder: of its files and the model's config.
+        family: the model's.
+        n_rows: rows of the embedding; ids that no token has are filled up to there.
+        visible: added tokens that are words, and must be seen in an answer whatever they look like.
+
+    Raises:
+        ContentError: a kind of tokenizer that llama.cpp does not read, or one that is larger than the embedding and
+            uses what is beyond.
+    """
+    document = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = document["model"]
+    if model.get("type") != "BPE":
+        raise _refuse(f"a tokenizer of the kind {model.get('type')}", folder)
+    is_pieces = bool(model.get("byte_fallback"))
+    pre = "default" if is_pieces else find_pre_tokenizer(document, str(folder))
+    texts = {number: text for text, number in model["vocab"].items()}
+    tokens = _score_pieces(texts, document, folder) if is_pieces else {i: Token(t, _NORMAL) for i, t in texts.items()}
+    tokens |= _list_added(document, family, visible, is_pieces)
+    left_out = tuple(tokens[i].text for i in sorted(tokens) if i >= n_rows)
+    _check_left_out(left_out, tokenizer, folder)
+    rows = [tokens.get(i, Token(f"[PAD{i}]", _UNUSED, _UNUSED_SCORE)) for i in range(n_rows)]
+
+    keys: dict[str, Value] = {}
+    settings = read_json(folder / "tokenizer_config.json") or {}
+    prefix = settings.get("add_prefix_space")
+    if family.writes_prefix and prefix is not None:
+        keys["tokenizer.ggml.add_space_prefix"] = _prepends_blank(document) if is_pieces else bool(prefix)
+    keys["tokenizer.ggml.model"] = "llama" if is_pieces else "gpt2"
+    keys["tokenizer.ggml.pre"] = pre
+    keys["tokenizer.ggml.tokens"] = [token.text for token in rows]
+    if is_pieces:
+        keys["tokenizer.ggml.scores"] = [token.score for token in rows]
+    keys["tokenizer.ggml.token_type"] = [token.kind for token in rows]
+    if not is_pieces and model.get("merges"):
+        keys["tokenizer.ggml.merges"] = [_join_merge(merge) for merge in model["merges"]]
+    keys |= _list_special_ids(tokenizer, folder, n_rows)
+    keys |= _list_added_ends(tokenizer, document, settings, pre)
+    if isinstance(tokenizer.chat_template, str):
+        keys["tokenizer.chat_template"] = tokenizer.chat_template
+    if is_pieces and "tokenizer.ggml.add_space_prefix" not in keys and not _prepends_blank(document):
+        keys["tokenizer.ggml.add_space_prefix"] = False
+    if family.writes_prefix and n_rows == _SMOLLM_SIZE:
+        keys["tokenizer.ggml.add_bos_token"] = _adds(tokenizer, tokenizer.bos_token_id, 0)
+    return VocabularyKeys(keys, left_out)
+
+
+def find_pre_tokenizer(document: Mapping[str, Any], where: str) -> str:
+    """llama.cpp's name of the way that a byte-level tokenizer (tokenizer.json) cuts a text into words.
+
+    Raises:
+        ContentError: it has none for it.
+    """
+    pre = document.get("pre_tokenizer") or {}
+    *first, last = pre.get("pretokenizers") or [pre]
+    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
+        uses_regex = last.get("use_regex", True)
+        if not first and uses_regex:
+            return "gpt-2"
+        if len(first) == 1 and first[0].get("type") == "Digits" and first[0].get("individual_digits") and uses_regex:
+            return "smollm"
+        if len(first) == 1 and first[0].get("type") == "Split" and not uses_regex:
+            name = _PATTERNS.get(first[0].get("pattern", {}).get("Regex", ""), "")
+            if name == "llama-bpe" and not document["model"].get("ignore_merges"):
+                return "dbrx"  # the same pattern, without Llama 3's whole words
+            if name:
+                return name
+    raise _refuse("this tokenizer's way of cutting a text into words", Path(where))
+
+
+def _refuse(what: str, folder: Path) -> ContentError:
+    hint = f"export it as safetensors (ftcli merge) and try {CONVERTER} on that"
+    return ContentError(f"ftcli cannot write {what} as GGUF", where=str(folder), hint=hint)
+
+
+def _score_pieces(texts: Mapping[int, str], document: Mapping[str, Any], folder: Path) -> dict[int, Token]:
+    """SentencePiece's tokens: from its own file, else as the order of the vocabulary has them.
+
+    Its trainer numbers pieces in the order in which they were joined, and scores each with minus its number.
+    """
+    path = folder / "tokenizer.model"
+    if path.is_file():
+        kinds = {_USER_DEFINED: _NORMAL}
+        return {i: Token(text, kinds.get(kind, kind), score) for i, (text, score, kind) in enumerate(read_pieces(path))}
+    added = {entry["id"] for entry in document["added_tokens"]}
+    unknown = document["model"].get("unk_token")
+    tokens: dict[int, Token] = {}
+    first: int | None = None
+    for number, text in sorted(texts.items()):
+        if _BYTE_PIECE.fullmatch(text):
+            tokens[number] = Token(text, _BYTE)
+        elif text == unknown:
+            tokens[number] = Token(text, _UNKNOWN)
+        elif number not in added:
+            first = number if first is None else first
+            tokens[number] = Token(text, _NORMAL, -float(number - first))
+        else:
+            tokens[number] = Token(text, _CONTROL)
+    return tokens
+
+
+def _list_added(
+    document: Mapping[str, Any], family: Family, visible: Collection[str], is_pieces: bool
+) -> dict[int, Token]:
+    """Tokens that are matched whole before a text is cut."""
+    tokens = {}
+    for entry in document["added_tokens"]:
+        text: str = entry["content"]
+        looks_special = not family.trusts_special and text not in visible and bool(_LOOKS_SPECIAL.fullmatch(text))
+        kind = _CONTROL if entry["special"] or looks_special else _USER_DEFINED
+        if kind == _USER_DEFINED and not (is_pieces and family.trusts_special):
+            text = text.replace(_BLANK, " ")
+        tokens[entry["id"]] = Token(text, kind, _ADDED_SCORE)
+    return tokens
+
+
+def _check_left_out(left_out: Sequence[str], tokenizer: Any, folder: Path) -> None:
+    """None if no token without a row is one that the template or the tokenizer itself needs."""
+    needed = [
+        t for t in left_out if t in (tokenizer.chat_template or "") or t in (tokenizer.bos_token, tokenizer.eos_token)
+    ]
+    if needed:
+        raise ContentError(
+            f"the embedding has no row for {needed[0]}, which the template writes",
+            where=str(folder),
+            hint="the tokenizer belongs to another model",
+        )
+
+
+def _join_merge(merge: str | Sequence[str]) -> str:
+    return merge if isinstance(merge, str) else " ".join(part.replace(" ", "\u0120") for part in merge)
+
+
+def _list_special_ids(tokenizer: Any, folder: Path, n_rows: int) -> dict[str, Value]:
+    """The ids of special tokens: the tokenizer's, then those that only the config knows; and the end of a turn."""
+    added = set(tokenizer.get_added_vocab().values())
+    config = read_json(folder / "config.json") or {}
+    own = [(role, getattr(tokenizer, f"{role}_token_id", None)) for role in _ROLES]
+    known = [(role, number) for role, number in own if number in added]
+    ids: dict[str, int] = {}
+    for role, number in known + [(role, config.get(f"{role}_token_id")) for role in _ROLES]:
+        if isinstance(number, int) and 0 <= number < n_rows:
+            ids.setdefault(role, number)
+    keys: dict[str, Value] = {f"tokenizer.ggml.{_ROLES[role]}_token_id": number for role, number in ids.items()}
+    if tokenizer.chat_template:
+        end = ChatRenderer(tokenizer).end_of_turn_ids[0]
+        if end != ids.get("eos") and tokenizer.convert_ids_to_tokens(end) not in _KNOWN_ENDS:
+            keys["tokenizer.ggml.eot_token_id"] = end
+    return keys
+
+
+def _list_added_ends(
+    tokenizer: Any, document: Mapping[str, Any], settings: Mapping[str, Any], pre: str
+) -> dict[str, Value]:
+    """Whether a text is begun with BOS, ended with EOS, or its halves parted; told where the tokenizer's files do."""
+    adds = {"bos": _adds(tokenizer, tokenizer.bos_token_id, 0), "eos": _adds(tokenizer, tokenizer.eos_token_id, -1)}
+    post = document.get("post_processor") or {}
+    steps = post.get("processors") or [post]
+    told: dict[str, bool] = {}
+    if any(step.get("type") == "ByteLevel" for step in steps):
+        told |= adds
+    for step in steps:
+        if step.get("type") == "TemplateProcessing":
+            single, pair = step["single"], step["pair"]
+            first, last = ("SpecialToken" in single[place] for place in (0, -1))
+            if len(single) > 1:
+                told |= {"bos": adds["bos"]} if first else {}
+                told |= {"eos": adds["eos"]} if last else {}
+            inner = pair[1 if first else 0 : -1 if last else None][1:-1]
+            if inner:
+                told["sep"] = _parts_halves(inner, tokenizer)
+    for role in ("bos", "eos", "sep"):
+        if isinstance(settings.get(f"add_{role}_token"), bool):
+            told.setdefault(role, adds.get(role, settings[f"add_{role}_token"]))
+    if adds["bos"] != (pre in _BEGINS_WITH_BOS):
+        told.setdefault("bos", adds["bos"])
+    return {f"tokenizer.ggml.add_{role}_token": value for role, value in told.items()}
+
+
+def _parts_halves(inner: Sequence[Mapping[str, Any]], tokenizer: Any) -> bool:
+    names = [entry.get("SpecialToken", {}).get("id") for entry in inner]
+    return any(name is not None and name in (tokenizer.sep_token, tokenizer.eos_token) for name in names[:2])
+
+
+def _adds(tokenizer: Any, token: int | None, place: int) -> bool:
+    """Whether the tokenizer puts ``token`` at that end of a text."""
+    ids = tokenizer("a").input_ids
+    return token is not None and ids[place] == token
+
+
+def _prepends_blank(document: Mapping[str, Any]) -> bool:
+    """Whether a text is read as if a blank stood before it."""
+    parts = [document.get("normalizer") or {}, document.get("pre_tokenizer") or {}]
+    parts += [step for part in parts for key in ("normalizers", "pretokenizers") for step in part.get(key, [])]
+    return any(
+        part.get("type") == "Prepend" or (part.get("type") == "Metaspace" and part.get("prepend_scheme") != "never")
+        for part in parts
+    )

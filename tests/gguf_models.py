@@ -1,0 +1,191 @@
+"""Small models of every family, the same to the byte wherever they are made: config as JSON, weights by arithmetic."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [1.0, 2.0, 3.5, 5.0, 8.0, 16.0, 32.0, 60.0],
+    "original_max_position_embeddings": 4096,
+}
+_GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+_SHORT = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "sliding_window": 2047}
+_LONG = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "sliding_window": 262144}
+_SOFTCAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096}
+_GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 16, "bos_token_id": 2, "eos_token_id": 1}
+# name → tokenizer, architecture, what differs from the common config
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama-3.1": (
+        "llama-3.1",
+        "LlamaForCausalLM",
+        {"vocab_size": 128256, "rope_parameters": _LLAMA3, "max_position_embeddings": 131072, "bos_token_id": 128000},
+    ),
+    "llama-3.1-tied": ("llama-3.1", "LlamaForCausalLM", {"vocab_size": 128256, "tie_word_embeddings": True}),
+    "mistral-v0.3": (
+        "mistral-7b-v0.3",
+        "MistralForCausalLM",
+        {"vocab_size": 32768, "bos_token_id": 1, "sliding_window": None},
+    ),
+    "llama-2": ("mistral-7b-v0.3", "LlamaForCausalLM", {"vocab_size": 32776, "bos_token_id": 1, "head_dim": None}),
+    "qwen2": (
+        "qwen3",
+        "Qwen2ForCausalLM",
+        {"vocab_size": 151936, "tie_word_embeddings": True, "bos_token_id": 151643, "head_dim": None},
+    ),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM", {"vocab_size": 151936, "bos_token_id": 151643}),
+    "phi-3": (
+        "phi-3",
+        "Phi3ForCausalLM",
+        {"vocab_size": 32064, "head_dim": None, "pad_token_id": 32000, **_SHORT},
+    ),
+    "phi-3-long": (
+        "phi-3",
+        "Phi3ForCausalLM",
+        {"vocab_size": 32064, "head_dim": None, "pad_token_id": 32000, "rope_parameters": _LONGROPE, **_LONG},
+    ),
+    "gemma-2": (
+        "gemma-3",
+        "Gemma2ForCausalLM",
+        {"vocab_size": 262144, "tie_word_embeddings": True, **_GEMMA, **_SOFTCAPS},
+    ),
+    "gemma-3": (
+        "gemma-3",
+        "Gemma3ForCausalLM",
+        {"vocab_size": 262208, "tie_word_embeddings": True, "rope_parameters": _GEMMA3_ROPE, "sliding_window": 512}
+        | _GEMMA,
+    ),
+}
+_MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Phi3ForCausalLM": "phi3",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
+}
+
+
+def write_model(
+    folder: Path, case: str, tokenizer: Path, *, dtype: str = "BF16", has_pieces: bool = True, **changes: Any
+) -> Path:
+    """The folder of a two-layer model with a real tokenizer's vocabulary.
+
+    Args:
+        folder: it is made.
+        case: one of `CASES`.
+        tokenizer: the folder of its tokenizer.
+        dtype: of the weights.
+        has_pieces: whether a SentencePiece tokenizer brings its tokenizer.model, as transformers 4 left it.
+        changes: further keys of the config.
+    """
+    _, architecture, own = CASES[case]
+    config = {
+        "architectures": [architecture],
+        "model_type": _MODEL_TYPES[architecture],
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": _ROPE,
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+        "dtype": "bfloat16",
+        **own,
+        **changes,
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    sampling = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05}
+    (folder / "generation_config.json").write_text(json.dumps(sampling))
+    for path in tokenizer.iterdir():
+        shutil.copyfile(path, folder / path.name)
+    document = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+    if document["model"].get("byte_fallback") and has_pieces:
+        write_pieces(folder, document)
+    write_weights(folder, dtype)
+    return folder
+
+
+def write_weights(folder: Path, dtype: str = "BF16") -> None:
+    """Nothing; ``model.safetensors`` holds weights of the config in ``folder`` that no random generator makes."""
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    tensors = {}
+    for number, (name, shape) in enumerate(sorted(shapes.items())):
+        steps = np.arange(shape.numel(), dtype=np.uint64) + np.uint64(number << 32)
+        mixed = (steps * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
+        values = torch.from_numpy((mixed.astype(np.float32) / (1 << 23) - 1).reshape(shape))
+        tensors[name] = (1 + values / 4 if name.endswith("norm.weight") else values / 8).to(kinds[dtype])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_pieces(folder: Path, document: dict[str, Any]) -> None:
+    """Nothing; ``folder`` has the tokenizer.model of its tokenizer.json, and its config names the added tokens."""
+    vocabulary = {number: text for text, number in document["model"]["vocab"].items()}
+    added = {entry["id"]: entry for entry in document["added_tokens"]}
+    data, first = b"", None
+    for number, text in sorted(vocabulary.items()):
+        score, kind = 0.0, 1
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", text):
+            kind = 6
+        elif text == "<unk>":
+            kind = 2
+        elif number in added:
+            kind = 3 if added[number]["special"] else 4
+        else:
+            first = number if first is None else first
+            score = -float(number - first)
+        raw = text.encode()
+        piece = b"\x0a" + _varint(len(raw)) + raw + b"\x15" + struct.pack("<f", score) + b"\x18" + _varint(kind)
+        data += b"\x0a" + _varint(len(piece)) + piece
+    trainer = b"\x18\x02"  # model_type: BPE
+    data += b"\x12" + _varint(len(trainer)) + trainer
+    (folder / "tokenizer.model").write_bytes(data)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["added_tokens_decoder"] = {
+        str(number): {key: value for key, value in entry.items() if key != "id"} for number, entry in added.items()
+    }
+    path.write_text(json.dumps(config))
+
+
+def _varint(number: int) -> bytes:
+    out = b""
+    while number > 127:
+        out += bytes([number & 127 | 128])
+        number >>= 7
+    return out + bytes([number])
