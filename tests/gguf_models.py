@@ -172,7 +172,7 @@ def write_pieces(folder: Path, document: dict[str, Any]) -> None:
         raw = text.encode()
         piece = b"\x0a" + _varint(len(raw)) + raw + b"\x15" + struct.pack("<f", score) + b"\x18" + _varint(kind)
         data += b"\x0a" + _varint(len(piece)) + piece
-    trainer = b"\x18\x02"  # model_type: BPE
+    trainer = b"\x18\x02\x98\x02\x01"  # model_type: BPE, byte_fallback: true
     data += b"\x12" + _varint(len(trainer)) + trainer
     (folder / "tokenizer.model").write_bytes(data)
     path = folder / "tokenizer_config.json"
@@ -180,6 +180,8 @@ def write_pieces(folder: Path, document: dict[str, Any]) -> None:
     config["added_tokens_decoder"] = {
         str(number): {key: value for key, value in entry.items() if key != "id"} for number, entry in added.items()
     }
+    if document["post_processor"] is None:  # as Phi-3's own config says
+        config["add_bos_token"] = False
     path.write_text(json.dumps(config))
 
 

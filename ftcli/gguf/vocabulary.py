@@ -112,7 +112,7 @@ def build_vocabulary(
     keys["tokenizer.ggml.token_type"] = [token.kind for token in rows]
     if not is_pieces and model.get("merges"):
         keys["tokenizer.ggml.merges"] = [_join_merge(merge) for merge in model["merges"]]
-    keys |= _list_special_ids(tokenizer, folder, n_rows)
+    keys |= _list_special_ids(tokenizer, folder, settings, n_rows)
     keys |= _list_added_ends(tokenizer, document, settings, pre)
     if isinstance(tokenizer.chat_template, str):
         keys["tokenizer.chat_template"] = tokenizer.chat_template
@@ -209,14 +209,17 @@ def _join_merge(merge: str | Sequence[str]) -> str:
     return merge if isinstance(merge, str) else " ".join(part.replace(" ", "\u0120") for part in merge)
 
 
-def _list_special_ids(tokenizer: Any, folder: Path, n_rows: int) -> dict[str, Value]:
-    """The ids of special tokens: the tokenizer's, then those that only the config knows; and the end of a turn."""
-    added = set(tokenizer.get_added_vocab().values())
+def _list_special_ids(tokenizer: Any, folder: Path, settings: Mapping[str, Any], n_rows: int) -> dict[str, Value]:
+    """The ids of special tokens: those of tokenizer_config.json, then of the config; and of the end of a turn.
+
+    What transformers itself makes up for a family's tokenizer, such as Qwen's unknown token, is not among them.
+    """
     config = read_json(folder / "config.json") or {}
-    own = [(role, getattr(tokenizer, f"{role}_token_id", None)) for role in _ROLES]
-    known = [(role, number) for role, number in own if number in added]
+    added = tokenizer.get_added_vocab()
     ids: dict[str, int] = {}
-    for role, number in known + [(role, config.get(f"{role}_token_id")) for role in _ROLES]:
+    for role, number in [(role, added.get(_read_text(settings, role))) for role in _ROLES] + [
+        (role, config.get(f"{role}_token_id")) for role in _ROLES
+    ]:
         if isinstance(number, int) and 0 <= number < n_rows:
             ids.setdefault(role, number)
     keys: dict[str, Value] = {f"tokenizer.ggml.{_ROLES[role]}_token_id": number for role, number in ids.items()}
@@ -225,6 +228,12 @@ def _list_special_ids(tokenizer: Any, folder: Path, n_rows: int) -> dict[str, Va
         if end != ids.get("eos") and tokenizer.convert_ids_to_tokens(end) not in _KNOWN_ENDS:
             keys["tokenizer.ggml.eot_token_id"] = end
     return keys
+
+
+def _read_text(settings: Mapping[str, Any], role: str) -> str:
+    """What tokenizer_config.json calls the token of a role."""
+    value = settings.get(f"{role}_token")
+    return str(value.get("content", "")) if isinstance(value, Mapping) else str(value or "")
 
 
 def _list_added_ends(
