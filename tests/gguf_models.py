@@ -9,8 +9,12 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from conftest import find_tokenizer
+
+from ftcli.data.byte_level import list_byte_characters
+
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_LLAMA3 = {
+LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
     "factor": 8.0,
@@ -18,7 +22,7 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-_LONGROPE = {
+LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
     "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
@@ -33,12 +37,22 @@ _SHORT = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4
 _LONG = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "sliding_window": 262144}
 _SOFTCAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096}
 _GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 16, "bos_token_id": 2, "eos_token_id": 1}
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# tokenizers that are made here: how they cut a text into words
+_CUTS = {
+    "tekken": {"type": "Split", "pattern": {"Regex": _TEKKEN}, "behavior": "Isolated", "invert": False},
+    "smollm": {"type": "Digits", "individual_digits": True},
+}
 # name → tokenizer, architecture, what differs from the common config
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama-3.1": (
         "llama-3.1",
         "LlamaForCausalLM",
-        {"vocab_size": 128256, "rope_parameters": _LLAMA3, "max_position_embeddings": 131072, "bos_token_id": 128000},
+        {"vocab_size": 128256, "rope_parameters": LLAMA3, "max_position_embeddings": 131072, "bos_token_id": 128000},
     ),
     "llama-3.1-tied": ("llama-3.1", "LlamaForCausalLM", {"vocab_size": 128256, "tie_word_embeddings": True}),
     "mistral-v0.3": (
@@ -47,6 +61,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"vocab_size": 32768, "bos_token_id": 1, "sliding_window": None},
     ),
     "llama-2": ("mistral-7b-v0.3", "LlamaForCausalLM", {"vocab_size": 32776, "bos_token_id": 1, "head_dim": None}),
+    "mistral-nemo": ("tekken", "MistralForCausalLM", {"vocab_size": 1000, "bos_token_id": 1, "head_dim": 32}),
+    "smollm2": ("smollm", "LlamaForCausalLM", {"vocab_size": 49152, "tie_word_embeddings": True, "head_dim": None}),
     "qwen2": (
         "qwen3",
         "Qwen2ForCausalLM",
@@ -61,7 +77,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi-3-long": (
         "phi-3",
         "Phi3ForCausalLM",
-        {"vocab_size": 32064, "head_dim": None, "pad_token_id": 32000, "rope_parameters": _LONGROPE, **_LONG},
+        {"vocab_size": 32064, "head_dim": None, "pad_token_id": 32000, "rope_parameters": LONGROPE, **_LONG},
     ),
     "gemma-2": (
         "gemma-3",
@@ -86,20 +102,17 @@ _MODEL_TYPES = {
 }
 
 
-def write_model(
-    folder: Path, case: str, tokenizer: Path, *, dtype: str = "BF16", has_pieces: bool = True, **changes: Any
-) -> Path:
+def write_model(folder: Path, case: str, *, dtype: str = "BF16", has_pieces: bool = True, **changes: Any) -> Path:
     """The folder of a two-layer model with a real tokenizer's vocabulary.
 
     Args:
         folder: it is made.
         case: one of `CASES`.
-        tokenizer: the folder of its tokenizer.
         dtype: of the weights.
         has_pieces: whether a SentencePiece tokenizer brings its tokenizer.model, as transformers 4 left it.
         changes: further keys of the config.
     """
-    _, architecture, own = CASES[case]
+    tokenizer, architecture, own = CASES[case]
     config = {
         "architectures": [architecture],
         "model_type": _MODEL_TYPES[architecture],
@@ -122,9 +135,12 @@ def write_model(
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     sampling = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05}
     (folder / "generation_config.json").write_text(json.dumps(sampling))
-    for path in tokenizer.iterdir():
-        shutil.copyfile(path, folder / path.name)
-    document = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+    if tokenizer in _CUTS:
+        write_byte_level(folder, tokenizer)
+    else:
+        for path in find_tokenizer(tokenizer).iterdir():
+            shutil.copyfile(path, folder / path.name)
+    document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if document["model"].get("byte_fallback") and has_pieces:
         write_pieces(folder, document)
     write_weights(folder, dtype)
@@ -151,6 +167,35 @@ def write_weights(folder: Path, dtype: str = "BF16") -> None:
         values = torch.from_numpy((mixed.astype(np.float32) / (1 << 23) - 1).reshape(shape))
         tensors[name] = (1 + values / 4 if name.endswith("norm.weight") else values / 8).to(kinds[dtype])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_byte_level(folder: Path, cut: str) -> None:
+    """Nothing; ``folder`` has a byte-level tokenizer that joins a few words, and begins with BOS if it is Mistral's."""
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("Ġ", "in"), ("e", "r"), ("Ġ", "a"), ("Ã", "¤")]
+    words = [*special, *list_byte_characters().values(), *("".join(pair) for pair in merges)]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": cut == "smollm"}
+    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    halves = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    template = {
+        "type": "TemplateProcessing",
+        "single": [bos, halves[0]],
+        "pair": [bos, halves[0], bos, halves[1]],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    document = {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": text, **flags} for i, text in enumerate(special)],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [_CUTS[cut], level]},
+        "post_processor": template if cut == "tekken" else None,
+        "decoder": {**level, "use_regex": True},
+        "model": {"type": "BPE", "vocab": {word: i for i, word in enumerate(words)}, "merges": merges},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **roles}))
 
 
 def write_pieces(folder: Path, document: dict[str, Any]) -> None:

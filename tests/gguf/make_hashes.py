@@ -1,0 +1,55 @@
+"""Writes hashes.json anew: what llama.cpp's own converter makes of the models in gguf_models.py.
+
+    python tests/gguf/make_hashes.py PATH/llama.cpp
+
+PATH/llama.cpp holds convert_hf_to_gguf.py and gguf-py, as the source distribution of llama-cpp-python vendors them; the
+package sentencepiece must be installed. Hashes that are there were made with llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from gguf_models import CASES, write_model
+
+KINDS = ("f32", "f16", "bf16")
+# tokenizers that are made up, and what the converter, which knows them by a hash, would call the real ones
+FORCED = {"mistral-nemo": "tekken", "smollm2": "smollm"}
+START = """
+import runpy, sys
+import conversion.base
+conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: sys.argv[1]
+del sys.argv[:2]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def main(converter: Path) -> None:
+    """Nothing; ``hashes.json`` lies beside this file."""
+    hashes: dict[str, dict[str, str]] = {}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(converter), str(converter / "gguf-py")])}
+    script = str(converter / "convert_hf_to_gguf.py")
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = write_model(Path(scratch) / case, case)
+            start = ["-c", START, FORCED[case], script] if case in FORCED else [script]
+            hashes[case] = {}
+            for kind in KINDS:
+                output = Path(scratch) / f"{kind}.gguf"
+                options = [str(folder), "--outtype", kind, "--outfile", str(output)]
+                subprocess.run([sys.executable, *start, *options], check=True, capture_output=True, env=environment)
+                hashes[case][kind] = hashlib.sha256(output.read_bytes()).hexdigest()
+                output.unlink()
+    Path(__file__).with_name("hashes.json").write_text(json.dumps(hashes, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
