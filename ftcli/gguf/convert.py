@@ -24,7 +24,7 @@ from ftcli.gguf.vocabulary import build_vocabulary
 from ftcli.gguf.write import Encode, OutputTensor, encode_rows, write_gguf
 from ftcli.store.target import ModelFiles
 
-Choose = Callable[[str, tuple[int, ...]], str]
+Choose = Callable[[str, tuple[int, ...], Config], str]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Kind:
 
     Args:
         file_type: llama.cpp's number for it (enum llama_ftype in llama.h).
-        choose: (llama.cpp's name of a weight, its shape) → its type; vectors and norms are F32 whatever it says.
+        choose: (llama.cpp's name of a weight, its shape, the config) → its type; vectors and norms are F32 whatever it says.
         encode: rounds rows to a type.
     """
 
@@ -43,9 +43,9 @@ class Kind:
 
 
 KINDS = {
-    "f32": Kind(0, lambda name, shape: "F32"),
-    "f16": Kind(1, lambda name, shape: "F16"),
-    "bf16": Kind(32, lambda name, shape: "BF16"),
+    "f32": Kind(0, lambda name, shape, config: "F32"),
+    "f16": Kind(1, lambda name, shape, config: "F16"),
+    "bf16": Kind(32, lambda name, shape, config: "BF16"),
 }
 
 
@@ -125,7 +125,7 @@ def plan_tensors(source: Source, family: Family, config: Config, choose: Choose)
     for tensor in source.tensors:
         name = family.translate(tensor.name)
         is_small = len(tensor.shape) < 2 or name.endswith("_norm.weight")
-        dtype = "F32" if is_small else choose(name, tensor.shape)
+        dtype = "F32" if is_small else choose(name, tensor.shape, config)
         planned.append(OutputTensor(name, tensor.shape, dtype, partial(_adapt_blocks, tensor, family, config)))
     return planned
 

@@ -29,7 +29,7 @@ from ftcli.gguf.write import Value
 from ftcli.store.file import read_json
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # enum llama_token_type in llama.h
-_ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
+_ADDED_SCORE, _UNUSED_SCORE, _LATE_SCORE = -1000.0, -10000.0, -1e9
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _BLANK = "▁"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -154,14 +154,15 @@ def _refuse(what: str, folder: Path) -> ContentError:
 def _score_pieces(texts: Mapping[int, str], document: Mapping[str, Any], folder: Path) -> dict[int, Token]:
     """SentencePiece's tokens: from its own file, else as the order of the vocabulary has them.
 
-    Its trainer numbers pieces in the order in which they were joined, and scores each with minus its number.
+    Its trainer numbers pieces in the order in which they were joined, and scores each with minus its number; Llama and
+    its heirs then put runs of blanks behind all others.
     """
     path = folder / "tokenizer.model"
     if path.is_file():
         kinds = {_USER_DEFINED: _NORMAL}
         return {i: Token(text, kinds.get(kind, kind), score) for i, (text, score, kind) in enumerate(read_pieces(path))}
     added = {entry["id"] for entry in document["added_tokens"]}
-    unknown = document["model"].get("unk_token")
+    unknown, late = document["model"].get("unk_token"), _find_late_blanks(document["model"])
     tokens: dict[int, Token] = {}
     first: int | None = None
     for number, text in sorted(texts.items()):
@@ -171,10 +172,19 @@ def _score_pieces(texts: Mapping[int, str], document: Mapping[str, Any], folder:
             tokens[number] = Token(text, _UNKNOWN)
         elif number not in added:
             first = number if first is None else first
-            tokens[number] = Token(text, _NORMAL, -float(number - first))
-        else:
-            tokens[number] = Token(text, _CONTROL)
+            tokens[number] = Token(text, _NORMAL, _LATE_SCORE if text in late else -float(number - first))
     return tokens
+
+
+def _find_late_blanks(model: Mapping[str, Any]) -> set[str]:
+    """Runs of blanks that are joined after all else, as Llama's are, though they were found early."""
+    late = set()
+    for merge in reversed(model.get("merges") or []):
+        text = "".join(merge.split(" ") if isinstance(merge, str) else merge)
+        if text.strip(_BLANK):
+            break
+        late.add(text)
+    return late
 
 
 def _list_added(

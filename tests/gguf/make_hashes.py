@@ -35,7 +35,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def main(converter: Path) -> None:
     """Nothing; ``hashes.json`` lies beside this file."""
     hashes: dict[str, dict[str, str]] = {}
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(converter), str(converter / "gguf-py")])}
+    places = [str(converter), str(converter / "gguf-py"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     script = str(converter / "convert_hf_to_gguf.py")
     for case in CASES:
         with tempfile.TemporaryDirectory() as scratch:
