@@ -91,6 +91,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         | _GEMMA,
     ),
 }
+# names that the converter must be told: by itself it writes "Phi 3", by which llama.cpp does not know the family
+NAMES = {"phi-3": "Tiny Phi-3", "phi-3-long": "Tiny Phi-3"}
 _MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",

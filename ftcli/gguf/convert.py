@@ -7,7 +7,7 @@ Source ─▶ family ─▶ keys (metadata, vocabulary) ─┐
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,11 @@ from ftcli.events import Notice, OnEvent, Pace, ignore_event
 from ftcli.gguf.family import Config, Family, find_family
 from ftcli.gguf.metadata import build_keys, read_model_config
 from ftcli.gguf.source import Source, SourceTensor, open_folder
-from ftcli.gguf.vocabulary import build_vocabulary
-from ftcli.gguf.write import Encode, OutputTensor, encode_rows, write_gguf
+from ftcli.gguf.vocabulary import build_vocabulary, fit_name
+from ftcli.gguf.write import Encode, OutputTensor, Value, encode_rows, write_gguf
 from ftcli.store.target import ModelFiles
 
+Keys = Mapping[str, Value]
 Choose = Callable[[str, tuple[int, ...], Config], str]
 
 
@@ -33,7 +34,7 @@ class Kind:
 
     Args:
         file_type: llama.cpp's number for it (enum llama_ftype in llama.h).
-        choose: (llama.cpp's name of a weight, its shape, the config) → its type; vectors and norms are F32 whatever it says.
+        choose: (llama.cpp's name of a weight, its shape, the config) → its type; vectors and norms are always F32.
         encode: rounds rows to a type.
     """
 
@@ -78,7 +79,7 @@ def convert(
         kind: one of `KINDS`.
         name: what the model calls itself; None guesses it as llama.cpp does.
         visible: added tokens that are words, and must be seen in an answer whatever they look like.
-        on_event: told of the bytes written, and of tokens that are left out.
+        on_event: told of the bytes written, and of what the file does not hold.
 
     Raises:
         UsageError: there is no such kind.
@@ -98,13 +99,14 @@ def convert(
     )
     tokenizer = load_tokenizer(ModelFiles(str(source.folder), source.folder))
     vocabulary = build_vocabulary(tokenizer, source.folder, family, config["vocab_size"], visible=visible)
-    if vocabulary.left_out:
-        shown = ", ".join(vocabulary.left_out[:3])
-        on_event(Notice(f"{len(vocabulary.left_out)} tokens have no row in the model and are left out: {shown}"))
+    keys |= vocabulary.keys
+    keys["general.name"] = fit_name(str(keys["general.name"]), tokenizer, family)
+    for text in _list_notices(keys, config, family, vocabulary.left_out):
+        on_event(Notice(text))
     pace = Pace("gguf", sum(tensor.size_bytes for tensor in tensors), unit="bytes")
     size = write_gguf(
         output,
-        keys | vocabulary.keys,
+        keys,
         tensors,
         encode=KINDS[kind].encode,
         on_bytes=lambda n: on_event(pace.advance(n)),
@@ -128,6 +130,15 @@ def plan_tensors(source: Source, family: Family, config: Config, choose: Choose)
         dtype = "F32" if is_small else choose(name, tensor.shape, config)
         planned.append(OutputTensor(name, tensor.shape, dtype, partial(_adapt_blocks, tensor, family, config)))
     return planned
+
+
+def _list_notices(keys: Keys, config: Config, family: Family, left_out: Sequence[str]) -> Iterator[str]:
+    """What the file does not hold of the model."""
+    if left_out:
+        yield f"{len(left_out)} tokens have no row in the model and are left out: {', '.join(left_out[:3])}"
+    window, context = config.get("sliding_window"), config["max_position_embeddings"]
+    if window and window < context and f"{family.architecture}.attention.sliding_window" not in keys:
+        yield f"llama.cpp looks back at the whole context, and this model at {window} tokens: keep it that short"
 
 
 def _give(values: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -45,6 +45,7 @@ _SANDWICH = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+_ROPE_KINDS = (None, "default", "linear", "yarn", "llama3", "su", "longrope", "dynamic")
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
@@ -74,6 +75,8 @@ def _list_rope(config: Config) -> Keys:
     """Rotary embeddings; llama3's scaling is a tensor of its own, longrope's two."""
     rope = _read_rope(config)
     kind, factor = rope.get("rope_type"), rope.get("factor")
+    if kind not in _ROPE_KINDS:
+        raise ContentError(f"llama.cpp does not know rotary embeddings of the kind {kind}", hint=f"try {CONVERTER}")
     if kind in ("linear", "yarn") and factor is not None:
         yield "rope.scaling.type", kind
         yield "rope.scaling.factor", float(factor)
@@ -205,8 +208,9 @@ class Family:
         make_extra: tensors that transformers computes and llama.cpp reads.
         has_sandwich: whether attention and FFN stand between two norms each.
         permutes: whether q and k lie as Meta had them, pairs of a rotation side by side.
+        must_tie: whether llama.cpp takes the embedding for the head, whatever the file says.
         norm_offset: what a norm's weight is added to when it is used.
-        writes_prefix: whether the tokenizer's ``add_prefix_space`` is told first; else a vocabulary without it says so.
+        writes_prefix: whether a tokenizer_config.json that has ``add_prefix_space`` is heeded.
         trusts_special: whether only tokens marked special are control tokens, whatever they look like.
     """
 
@@ -216,6 +220,7 @@ class Family:
     make_extra: Callable[[Config], Extra] = _list_nothing
     has_sandwich: bool = False
     permutes: bool = False
+    must_tie: bool = False
     norm_offset: float = 0.0
     writes_prefix: bool = False
     trusts_special: bool = False
@@ -227,6 +232,11 @@ class Family:
             ContentError: the family has no such tensor.
         """
         module, _, part = name.rpartition(".")
+        if module == "lm_head" and self.must_tie:
+            raise ContentError(
+                f"llama.cpp's {self.architecture} has no head beside the embedding, and here they differ",
+                hint="train head and embedding alike, or neither",
+            )
         if module in _MODULES:
             return f"{_MODULES[module]}.{part}"
         found = _BLOCK.fullmatch(name)
@@ -257,7 +267,7 @@ FAMILIES = {
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
     "phi3": Family("phi3", _list_phi3, _list_phi3_first, _make_rope_factors, trusts_special=True),
-    "gemma2": Family("gemma2", _list_gemma2, has_sandwich=True, norm_offset=1.0),
+    "gemma2": Family("gemma2", _list_gemma2, has_sandwich=True, norm_offset=1.0, must_tie=True),
     "gemma3_text": Family("gemma3", _list_gemma3, has_sandwich=True, norm_offset=1.0),
 }
 

@@ -8,6 +8,7 @@ The converter's output, except where that would not give the ids or the text tha
   −1000 for all of Llama 2's and Mistral's, so that nothing is ever joined, and refuses Phi-3 and Gemma.
 - Added tokens come from tokenizer.json, which names them all; the converter looks for them where transformers 5 no
   longer writes them. Words that a recipe added stay visible, whatever they look like.
+- Phi-3's name is written so that llama.cpp knows it by it (`fit_name`).
 - Whether a text begins with BOS or a blank is told wherever llama.cpp would assume otherwise, and the token that ends a
   turn where it would not know it.
 """
@@ -50,6 +51,8 @@ _BEGINS_WITH_BOS = {"llama-bpe", "tekken", "default"}  # what llama.cpp assumes 
 _KNOWN_ENDS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>"}
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
+_PHI3, _PHI_3 = re.compile("phi-?3", re.IGNORECASE), re.compile("phi 3", re.IGNORECASE)
+_PHI3_TOKENS = {"<s>", "</s>", "<unk>", "<|endoftext|>"}
 _SMOLLM_SIZE = 49152
 
 
@@ -114,13 +117,27 @@ def build_vocabulary(
         keys["tokenizer.ggml.merges"] = [_join_merge(merge) for merge in model["merges"]]
     keys |= _list_special_ids(tokenizer, folder, settings, n_rows)
     keys |= _list_added_ends(tokenizer, document, settings, pre)
-    if isinstance(tokenizer.chat_template, str):
-        keys["tokenizer.chat_template"] = tokenizer.chat_template
+    if template := _read_template(tokenizer):
+        keys["tokenizer.chat_template"] = template
     if is_pieces and "tokenizer.ggml.add_space_prefix" not in keys and not _prepends_blank(document):
         keys["tokenizer.ggml.add_space_prefix"] = False
     if family.writes_prefix and n_rows == _SMOLLM_SIZE:
         keys["tokenizer.ggml.add_bos_token"] = _adds(tokenizer, tokenizer.bos_token_id, 0)
     return VocabularyKeys(keys, left_out)
+
+
+def fit_name(name: str, tokenizer: Any, family: Family) -> str:
+    """The model's name, from which llama.cpp learns that blanks after Phi-3's control tokens vanish.
+
+    It does so wherever "phi-3" or "phi3" stands in the name, and then ends the process if Phi-3's tokens are not there.
+    The converter writes "Phi 3", so that the blanks stay.
+    """
+    strips = family.trusts_special and any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
+    if strips and not _PHI3.search(name):
+        named = _PHI_3.sub("Phi-3", name, count=1)
+        return named if named != name else f"Phi-3 {name}"
+    is_foreign = not _PHI3_TOKENS.issubset(tokenizer.get_vocab())
+    return _PHI3.sub("Phi", name) if is_foreign else name
 
 
 def find_pre_tokenizer(document: Mapping[str, Any], where: str) -> str:
@@ -233,11 +250,26 @@ def _list_special_ids(tokenizer: Any, folder: Path, settings: Mapping[str, Any],
         if isinstance(number, int) and 0 <= number < n_rows:
             ids.setdefault(role, number)
     keys: dict[str, Value] = {f"tokenizer.ggml.{_ROLES[role]}_token_id": number for role, number in ids.items()}
-    if tokenizer.chat_template:
-        end = ChatRenderer(tokenizer).end_of_turn_ids[0]
-        if end != ids.get("eos") and tokenizer.convert_ids_to_tokens(end) not in _KNOWN_ENDS:
-            keys["tokenizer.ggml.eot_token_id"] = end
+    end = _find_turn_end(tokenizer)
+    if end not in (None, ids.get("eos")) and tokenizer.convert_ids_to_tokens(end) not in _KNOWN_ENDS:
+        keys["tokenizer.ggml.eot_token_id"] = end
     return keys
+
+
+def _read_template(tokenizer: Any) -> str:
+    """The chat template; of several the one for plain conversations."""
+    template = tokenizer.chat_template
+    return str(template.get("default", "") if isinstance(template, Mapping) else template or "")
+
+
+def _find_turn_end(tokenizer: Any) -> Any:
+    """The id that ends a turn, None where the template has none or cannot be read."""
+    if not isinstance(tokenizer.chat_template, str):
+        return None
+    try:
+        return ChatRenderer(tokenizer).end_of_turn_ids[0]
+    except ContentError:
+        return None
 
 
 def _read_text(settings: Mapping[str, Any], role: str) -> str:

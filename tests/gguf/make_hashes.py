@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from gguf_models import CASES, write_model
+from gguf_models import CASES, NAMES, write_model
 
 KINDS = ("f32", "f16", "bf16")
 # tokenizers that are made up, and what the converter, which knows them by a hash, would call the real ones
@@ -46,6 +46,7 @@ def main(converter: Path) -> None:
             for kind in KINDS:
                 output = Path(scratch) / f"{kind}.gguf"
                 options = [str(folder), "--outtype", kind, "--outfile", str(output)]
+                options += ["--model-name", NAMES[case]] if case in NAMES else []
                 subprocess.run([sys.executable, *start, *options], check=True, capture_output=True, env=environment)
                 hashes[case][kind] = hashlib.sha256(output.read_bytes()).hexdigest()
                 output.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CORPUS, SMOLLM2, build_model, build_tokenizer, find_tokenizer, save_model
-from gguf_models import CASES, LLAMA3, LONGROPE, write_model
+from gguf_models import CASES, LLAMA3, LONGROPE, NAMES, write_model
 
 from ftcli.data.chat import ChatRenderer, Rendered
 from ftcli.data.tokenizer import load_tokenizer
@@ -48,6 +49,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, untied": ("llama", {"tied": False}),
     "llama 3.1": ("llama", {"rope_parameters": _SHORT_LLAMA3}),
+    "llama, biased": ("llama", {"attention_bias": True}),
     "llama, linear": ("llama", {"rope_parameters": _LINEAR}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral nemo": ("mistral", {"sliding_window": None, "head_dim": 32}),
@@ -94,7 +96,7 @@ def folder(tmp_path: Path, tiny_tokenizer: Any) -> Path:
 )
 def test_file_is_the_one_that_the_converter_writes(tmp_path: Path, case: str, kind: str) -> None:
     folder = write_model(tmp_path / case, case)
-    result = convert(folder, tmp_path / "a.gguf", kind=kind)
+    result = convert(folder, tmp_path / "a.gguf", kind=kind, name=NAMES.get(case))
     assert hashlib.sha256(result.path.read_bytes()).hexdigest() == HASHES[case][kind]
     assert result.size_bytes == result.path.stat().st_size
 
@@ -262,6 +264,36 @@ def test_unknown_family_is_named_with_the_converter(tmp_path: Path, tiny_tokeniz
     with pytest.raises(ContentError, match="how gpt2 is written") as caught:
         convert(folder, tmp_path / "a.gguf", kind="f16")
     assert "convert_hf_to_gguf.py" in caught.value.hint
+
+
+def test_untied_head_that_llama_cpp_would_not_read_is_refused(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    folder = save_model(tmp_path / "model", build_model("gemma2", tied=False), tiny_tokenizer)
+    with pytest.raises(ContentError, match="no head beside the embedding"):
+        convert(folder, tmp_path / "a.gguf", kind="f16")
+
+
+def test_shorter_sliding_window_is_said(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    folder = save_model(tmp_path / "model", build_model("mistral", sliding_window=64), tiny_tokenizer)
+    events: list[Any] = []
+    convert(folder, tmp_path / "a.gguf", kind="f16", on_event=events.append)
+    assert any("this model at 64 tokens" in event.text for event in events if isinstance(event, Notice))
+
+
+def test_name_with_phi3_in_it_does_not_end_llama_cpp(folder: Path, tmp_path: Path) -> None:
+    path = convert(folder, tmp_path / "a.gguf", kind="f16", name="my phi3 run").path
+    assert read_gguf_header(path).metadata["general.name"] == "my Phi run"
+
+
+@needs_llama
+def test_blanks_after_phi_3s_control_tokens_vanish_as_in_transformers(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "phi-3-mini", "phi-3", has_pieces=False)
+    model = LlamaModel(convert(folder, tmp_path / "a.gguf", kind="f16").path, n_threads=1)
+    assert read_gguf_header(model.path).metadata["general.name"] == "Phi-3 Mini"
+    text = "<|user|>\nWhere is it?<|end|>\n<|assistant|>\n"
+    ids = (ctypes.c_int32 * 64)()
+    data = text.encode()
+    n_ids = model._api.llama_tokenize(model._vocabulary, data, len(data), ids, 64, False, True)
+    assert list(ids[:n_ids]) == load_tokenizer(ModelFiles("model", folder))(text).input_ids
 
 
 def test_folder_without_config_is_refused(tmp_path: Path) -> None:
