@@ -9,8 +9,12 @@ The converter's output, except where that would not give the ids or the text tha
 - Added tokens come from tokenizer.json, which names them all; the converter looks for them where transformers 5 no
   longer writes them. Words that a recipe added stay visible, whatever they look like.
 - Phi-3's name is written so that llama.cpp knows it by it (`fit_name`).
+- A tokenizer.model of another vocabulary than tokenizer.json's is not heeded.
 - Whether a text begins with BOS or a blank is told wherever llama.cpp would assume otherwise, and the token that ends a
   turn where it would not know it.
+
+What stays different: where a tokenizer puts a blank before a text only if there is none yet (Metaspace), llama.cpp puts
+it there always, and also behind each control token.
 """
 
 from __future__ import annotations
@@ -90,40 +94,39 @@ def build_vocabulary(
             uses what is beyond.
     """
     document = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = document["model"]
-    if model.get("type") != "BPE":
-        raise _refuse(f"a tokenizer of the kind {model.get('type')}", folder)
-    is_pieces = bool(model.get("byte_fallback"))
+    settings = read_json(folder / "tokenizer_config.json") or {}
+    if document["model"].get("type") != "BPE":
+        raise _refuse(f"a tokenizer of the kind {document['model'].get('type')}", folder)
+    is_pieces = bool(document["model"].get("byte_fallback"))
     pre = "default" if is_pieces else find_pre_tokenizer(document, str(folder))
-    texts = {number: text for text, number in model["vocab"].items()}
-    tokens = _score_pieces(texts, document, folder) if is_pieces else {i: Token(t, _NORMAL) for i, t in texts.items()}
-    tokens |= _list_added(document, family, visible, is_pieces)
+    tokens = _list_tokens(document, folder, family, visible, is_pieces)
     left_out = tuple(tokens[i].text for i in sorted(tokens) if i >= n_rows)
     _check_left_out(left_out, tokenizer, folder)
-    rows = [tokens.get(i, Token(f"[PAD{i}]", _UNUSED, _UNUSED_SCORE)) for i in range(n_rows)]
 
     keys: dict[str, Value] = {}
-    settings = read_json(folder / "tokenizer_config.json") or {}
     prefix = settings.get("add_prefix_space")
     if family.writes_prefix and prefix is not None:
         keys["tokenizer.ggml.add_space_prefix"] = _prepends_blank(document) if is_pieces else bool(prefix)
     keys["tokenizer.ggml.model"] = "llama" if is_pieces else "gpt2"
     keys["tokenizer.ggml.pre"] = pre
-    keys["tokenizer.ggml.tokens"] = [token.text for token in rows]
-    if is_pieces:
-        keys["tokenizer.ggml.scores"] = [token.score for token in rows]
-    keys["tokenizer.ggml.token_type"] = [token.kind for token in rows]
-    if not is_pieces and model.get("merges"):
-        keys["tokenizer.ggml.merges"] = [_join_merge(merge) for merge in model["merges"]]
+    keys |= _write_tokens([tokens.get(i, Token(f"[PAD{i}]", _UNUSED, _UNUSED_SCORE)) for i in range(n_rows)], is_pieces)
+    if not is_pieces:
+        keys["tokenizer.ggml.merges"] = [_join_merge(merge) for merge in document["model"]["merges"]]
     keys |= _list_special_ids(tokenizer, folder, settings, n_rows)
     keys |= _list_added_ends(tokenizer, document, settings, pre)
-    if template := _read_template(tokenizer):
-        keys["tokenizer.chat_template"] = template
-    if is_pieces and "tokenizer.ggml.add_space_prefix" not in keys and not _prepends_blank(document):
+    keys["tokenizer.chat_template"] = _read_template(tokenizer)
+    if is_pieces and not _prepends_blank(document):
         keys["tokenizer.ggml.add_space_prefix"] = False
     if family.writes_prefix and n_rows == _SMOLLM_SIZE:
         keys["tokenizer.ggml.add_bos_token"] = _adds(tokenizer, tokenizer.bos_token_id, 0)
-    return VocabularyKeys(keys, left_out)
+    return VocabularyKeys({key: value for key, value in keys.items() if value not in ("", [])}, left_out)
+
+
+def _write_tokens(tokens: Sequence[Token], is_pieces: bool) -> dict[str, Value]:
+    keys: dict[str, Value] = {"tokenizer.ggml.tokens": [token.text for token in tokens]}
+    if is_pieces:
+        keys["tokenizer.ggml.scores"] = [token.score for token in tokens]
+    return keys | {"tokenizer.ggml.token_type": [token.kind for token in tokens]}
 
 
 def fit_name(name: str, tokenizer: Any, family: Family) -> str:
@@ -168,24 +171,35 @@ def _refuse(what: str, folder: Path) -> ContentError:
     return ContentError(f"ftcli cannot write {what} as GGUF", where=str(folder), hint=hint)
 
 
-def _score_pieces(texts: Mapping[int, str], document: Mapping[str, Any], folder: Path) -> dict[int, Token]:
-    """SentencePiece's tokens: from its own file, else as the order of the vocabulary has them.
+def _list_tokens(
+    document: Mapping[str, Any], folder: Path, family: Family, visible: Collection[str], is_pieces: bool
+) -> dict[int, Token]:
+    """Id → token, as far as there are any."""
+    texts = {number: text for text, number in document["model"]["vocab"].items()}
+    added = _list_added(document, family, visible, is_pieces)
+    if not is_pieces:
+        return {number: Token(text, _NORMAL) for number, text in texts.items()} | added
+    path = folder / "tokenizer.model"
+    pieces = read_pieces(path) if path.is_file() else []
+    if pieces and all(texts.get(i) == text for i, (text, _, _) in enumerate(pieces) if i not in added):
+        kinds = {_USER_DEFINED: _NORMAL}
+        return {i: Token(text, kinds.get(kind, kind), score) for i, (text, score, kind) in enumerate(pieces)} | added
+    return _score_pieces(texts, document["model"], set(added)) | added
+
+
+def _score_pieces(texts: Mapping[int, str], model: Mapping[str, Any], added: set[int]) -> dict[int, Token]:
+    """SentencePiece's tokens without its own file, or with one of another vocabulary.
 
     Its trainer numbers pieces in the order in which they were joined, and scores each with minus its number; Llama and
     its heirs then put runs of blanks behind all others.
     """
-    path = folder / "tokenizer.model"
-    if path.is_file():
-        kinds = {_USER_DEFINED: _NORMAL}
-        return {i: Token(text, kinds.get(kind, kind), score) for i, (text, score, kind) in enumerate(read_pieces(path))}
-    added = {entry["id"] for entry in document["added_tokens"]}
-    unknown, late = document["model"].get("unk_token"), _find_late_blanks(document["model"])
+    late = _find_late_blanks(model)
     tokens: dict[int, Token] = {}
     first: int | None = None
     for number, text in sorted(texts.items()):
         if _BYTE_PIECE.fullmatch(text):
             tokens[number] = Token(text, _BYTE)
-        elif text == unknown:
+        elif text == model.get("unk_token"):
             tokens[number] = Token(text, _UNKNOWN)
         elif number not in added:
             first = number if first is None else first
