@@ -2,11 +2,14 @@
 
 Source ─▶ family ─▶ keys (metadata, vocabulary) ─┐
      └──▶ tensors renamed, adapted, typed ───────┴─▶ write_gguf
+
+A quantised kind is what llama-quantize makes of the f32 file: of the model's own values, rounded once.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,42 +20,43 @@ import torch
 from ftcli.data.tokenizer import load_tokenizer
 from ftcli.errors import UsageError
 from ftcli.events import Notice, OnEvent, Pace, ignore_event
-from ftcli.gguf.family import Config, Family, find_family
+from ftcli.gguf.ahead import count_threads
+from ftcli.gguf.family import FILE_TYPE, Config, Family, find_family
 from ftcli.gguf.metadata import build_keys, read_model_config
+from ftcli.gguf.mixture import choose_type, find_position, is_fallback, read_ratios
 from ftcli.gguf.source import Source, SourceTensor, open_folder
 from ftcli.gguf.vocabulary import build_vocabulary, fit_name
-from ftcli.gguf.write import Encode, OutputTensor, Value, encode_rows, write_gguf
+from ftcli.gguf.write import OutputTensor, Value, write_gguf
 from ftcli.store.target import ModelFiles
 
 Keys = Mapping[str, Value]
-Choose = Callable[[str, tuple[int, ...], Config], str]
+Choose = Callable[[str, tuple[int, ...]], str]  # (llama.cpp's name of a tensor, its shape) → its type
 
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of file.
-
-    Args:
-        file_type: llama.cpp's number for it (enum llama_ftype in llama.h).
-        choose: (llama.cpp's name of a weight, its shape, the config) → its type; vectors and norms are always F32.
-        encode: rounds rows to a type.
-    """
-
-    file_type: int
-    choose: Choose
-    encode: Encode = encode_rows
-
-
+# kind of file → llama.cpp's number for it (enum llama_ftype in llama.h)
 KINDS = {
-    "f32": Kind(0, lambda name, shape, config: "F32"),
-    "f16": Kind(1, lambda name, shape, config: "F16"),
-    "bf16": Kind(32, lambda name, shape, config: "BF16"),
-}
+    "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q5_k_s": 16, "q5_1": 9, "q5_0": 8,
+    "q4_k_m": 15, "q4_k_s": 14, "q4_1": 3, "q4_0": 2, "q3_k_l": 13, "q3_k_m": 12, "q3_k_s": 11, "q2_k": 10,
+}  # fmt: skip
+_LAST_KEYS = ("general.quantization_version", FILE_TYPE)  # of a quantised kind
+_PLAIN_KINDS = ("f32", "f16", "bf16")
+_BLOCK_VALUES = 1 << 22
 
 
 @dataclass(frozen=True)
 class Converted:
-    """The file that was written; ``left_out`` are tokens for which the model has no row."""
+    """The file that was written.
+
+    Args:
+        path: where it lies.
+        size_bytes: of the whole file.
+        architecture: llama.cpp's name of the family.
+        n_tensors: in it.
+        n_parameters: the model's.
+        left_out: tokens for which the model has no row.
+        types: GGUF's type → how many tensors have it.
+        bits_per_weight: of the tensors' data.
+        n_fallbacks: tensors whose rows the type of their kind does not fit: they have another, mostly a larger one.
+    """
 
     path: Path
     size_bytes: int
@@ -60,6 +64,9 @@ class Converted:
     n_tensors: int
     n_parameters: int
     left_out: tuple[str, ...]
+    types: Mapping[str, int]
+    bits_per_weight: float
+    n_fallbacks: int
 
 
 def convert(
@@ -92,26 +99,39 @@ def convert(
     source = open_folder(model) if isinstance(model, Path) else model
     config = read_model_config(source.folder)
     family = find_family(str(config.get("model_type", "")), str(source.folder))
-    tensors = plan_tensors(source, family, config, KINDS[kind].choose)
+    ratios = read_ratios(config, is_tied=all(tensor.name != "lm_head.weight" for tensor in source.tensors))
+    tensors = plan_tensors(source, family, config, partial(choose_type, kind, ratios=ratios))
     n_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
-    keys = build_keys(
-        source.folder, family, config, file_type=KINDS[kind].file_type, n_parameters=n_parameters, name=name
-    )
+    keys = build_keys(source.folder, family, config, file_type=KINDS[kind], n_parameters=n_parameters, name=name)
     tokenizer = load_tokenizer(ModelFiles(str(source.folder), source.folder))
     vocabulary = build_vocabulary(tokenizer, source.folder, family, config["vocab_size"], visible=visible)
     keys |= vocabulary.keys
     keys["general.name"] = fit_name(str(keys["general.name"]), tokenizer, family)
+    if kind not in _PLAIN_KINDS:
+        keys |= {key: keys.pop(key) for key in _LAST_KEYS}
+        tensors.sort(key=lambda tensor: find_position(tensor.name))
     for text in _list_notices(keys, config, family, vocabulary.left_out):
         on_event(Notice(text))
-    pace = Pace("gguf", sum(tensor.size_bytes for tensor in tensors), unit="bytes")
+    data_bytes = sum(tensor.size_bytes for tensor in tensors)
+    pace = Pace("gguf", data_bytes, unit="bytes")
     size = write_gguf(
         output,
         keys,
         tensors,
-        encode=KINDS[kind].encode,
+        n_threads=1 if kind in _PLAIN_KINDS else count_threads(),
         on_bytes=lambda n: on_event(pace.advance(n)),
     )
-    return Converted(output, size, family.architecture, len(tensors), n_parameters, vocabulary.left_out)
+    return Converted(
+        output,
+        size,
+        family.architecture,
+        len(tensors),
+        n_parameters,
+        vocabulary.left_out,
+        types=Counter(tensor.dtype for tensor in tensors),
+        bits_per_weight=8 * data_bytes / n_parameters,
+        n_fallbacks=sum(is_fallback(kind, tensor.name, tensor.shape, ratios) for tensor in tensors),
+    )
 
 
 def plan_tensors(source: Source, family: Family, config: Config, choose: Choose) -> list[OutputTensor]:
@@ -126,9 +146,8 @@ def plan_tensors(source: Source, family: Family, config: Config, choose: Choose)
     ]
     for tensor in source.tensors:
         name = family.translate(tensor.name)
-        is_small = len(tensor.shape) < 2 or name.endswith("_norm.weight")
-        dtype = "F32" if is_small else choose(name, tensor.shape, config)
-        planned.append(OutputTensor(name, tensor.shape, dtype, partial(_adapt_blocks, tensor, family, config)))
+        adapted = partial(_adapt_blocks, tensor, family, config)
+        planned.append(OutputTensor(name, tensor.shape, choose(name, tensor.shape), adapted))
     return planned
 
 
@@ -146,9 +165,10 @@ def _give(values: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _adapt_blocks(tensor: SourceTensor, family: Family, config: Config) -> Iterator[torch.Tensor]:
-    """The rows of a weight in float32 as llama.cpp wants them; one block where rows change places."""
+    """The rows of a weight as llama.cpp wants them; where rows change places, all of them are in memory."""
     if family.reorders(tensor.name):
-        yield family.adapt(tensor.name, torch.cat([block.float() for block in tensor.make_blocks()]), config)
+        whole = family.adapt(tensor.name, torch.cat(list(tensor.make_blocks())), config)
+        yield from torch.split(whole, max(1, _BLOCK_VALUES // whole[0].numel()))
         return
     for block in tensor.make_blocks():
-        yield family.adapt(tensor.name, block.float(), config)
+        yield family.adapt(tensor.name, block, config)

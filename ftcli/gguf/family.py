@@ -246,9 +246,9 @@ class Family:
         return f"blk.{found[1]}.{modules[found[2]]}.{found[3]}"
 
     def adapt(self, name: str, values: torch.Tensor, config: Config) -> torch.Tensor:
-        """A whole tensor in float32 as llama.cpp wants it."""
+        """A tensor (a whole one where `reorders`) as llama.cpp wants it, in its type or float32."""
         if self.norm_offset and name.endswith("norm.weight"):
-            return values + self.norm_offset
+            return values.float() + self.norm_offset
         if self.reorders(name):
             key = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
             n_heads = config[key]

@@ -44,6 +44,18 @@ _SEARCHES = {
     "Q5_K": Search(top=31, first=-0.5, step=0.1, n_steps=15, is_absolute=False),
 }
 _SIZES = {name: (block, size_bytes) for name, block, size_bytes in GGML_TYPES.values()}
+# type → bytes of a block, and which of them are its scales and minima in float16
+SCALES = {
+    name: (_SIZES[name][1], places)
+    for names, places in (
+        (("Q8_0", "Q4_0", "Q5_0"), slice(0, 2)),
+        (("Q4_1", "Q5_1", "Q4_K", "Q5_K"), slice(0, 4)),
+        (("Q2_K",), slice(80, 84)),
+        (("Q3_K",), slice(108, 110)),
+        (("Q6_K",), slice(208, 210)),
+    )
+    for name in names
+}
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

@@ -2,7 +2,7 @@
 
     magic "GGUF" │ version u32 │ tensors u64 │ keys u64 │ key-value pairs │ tensor infos │ padding │ data
 
-Nothing is held but the block in hand. Source: ggml/docs/gguf.md in ggml-org/ggml.
+Nothing is held but the blocks in hand. Source: ggml/docs/gguf.md in ggml-org/ggml.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from ftcli.errors import ContentError, NumericError
-from ftcli.merge.arithmetic import is_finite
+from ftcli.errors import ContentError
+from ftcli.gguf.ahead import run_ahead
+from ftcli.gguf.encode import encode_block
 from ftcli.store.file import check_free, disk_errors, sync_folder
 from ftcli.store.gguf_header import GGML_TYPES
 
 _VERSION, _ALIGNMENT = 3, 32
 _TYPE_IDS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
 
@@ -33,14 +36,13 @@ class Int32(int):
 
 
 Value = bool | int | float | str | bytes | Sequence[int] | Sequence[float] | Sequence[str]
-Encode = Callable[[torch.Tensor, str], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class OutputTensor:
     """A tensor of the file: ``shape`` outermost first, ``dtype`` by GGUF's name.
 
-    ``make_blocks`` gives its rows in order, in float32.
+    ``make_blocks`` gives its rows in order, in any floating type.
     """
 
     name: str
@@ -54,17 +56,12 @@ class OutputTensor:
         return math.prod(self.shape) // block * block_bytes
 
 
-def encode_rows(rows: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Float32 rows rounded to F32, F16 or BF16."""
-    return rows.to(_DTYPES[dtype])
-
-
 def write_gguf(
     path: Path,
     keys: Mapping[str, Value],
     tensors: Sequence[OutputTensor],
     *,
-    encode: Encode = encode_rows,
+    n_threads: int = 1,
     on_bytes: Callable[[int], None] = lambda n: None,
 ) -> int:
     """The size in bytes of the GGUF file that now lies at ``path``, which held what it held until it was complete.
@@ -73,7 +70,7 @@ def write_gguf(
         path: its name in the end.
         keys: the metadata in order.
         tensors: what it holds, in order.
-        encode: (rows in float32, type) → their bytes as a tensor of any dtype.
+        n_threads: how many blocks are encoded at a time; the file is the same.
         on_bytes: told of the data written.
 
     Raises:
@@ -89,8 +86,7 @@ def write_gguf(
         try:
             with temporary.open("wb") as stream:
                 stream.write(head)
-                for tensor in tensors:
-                    _write_data(stream, tensor, encode, on_bytes)
+                _write_data(stream, tensors, n_threads, on_bytes)
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.replace(path)
@@ -100,20 +96,27 @@ def write_gguf(
     return size
 
 
-def _write_data(stream: BinaryIO, tensor: OutputTensor, encode: Encode, on_bytes: Callable[[int], None]) -> None:
-    n_written = 0
-    for block in tensor.make_blocks():
-        if not is_finite(block):
-            raise ContentError(f"{tensor.name} holds NaN or infinity", hint="copy or train the model again")
-        encoded = encode(block, tensor.dtype)
-        if not is_finite(encoded):
-            raise NumericError(f"{tensor.name} is too large for {tensor.dtype}", hint="write bf16 or f32 instead")
-        piece: Any = encoded.contiguous().reshape(-1).view(torch.uint8).numpy()
-        n_written += stream.write(piece)
-        on_bytes(piece.nbytes)
-    if n_written != tensor.size_bytes:
-        raise ContentError(f"{tensor.name}: {n_written} bytes came, and it takes {tensor.size_bytes}")
-    stream.write(bytes(_pad(n_written) - n_written))
+def _write_data(
+    stream: BinaryIO, tensors: Sequence[OutputTensor], n_threads: int, on_bytes: Callable[[int], None]
+) -> None:
+    with closing(run_ahead(_list_tasks(tensors), n_threads)) as pieces:
+        for tensor in tensors:
+            n_written = 0
+            for piece in takewhile(len, pieces):
+                data: Any = piece.numpy()
+                n_written += stream.write(data)
+                on_bytes(data.nbytes)
+            if n_written != tensor.size_bytes:
+                raise ContentError(f"{tensor.name}: {n_written} bytes came, and it takes {tensor.size_bytes}")
+            stream.write(bytes(_pad(n_written) - n_written))
+
+
+def _list_tasks(tensors: Sequence[OutputTensor]) -> Iterator[Callable[[], torch.Tensor]]:
+    """What encodes each block, and behind the blocks of each tensor one that gives no bytes."""
+    for tensor in tensors:
+        for block in tensor.make_blocks():
+            yield partial(encode_block, block, tensor.dtype, tensor.name)
+        yield lambda: torch.empty(0, dtype=torch.uint8)
 
 
 def _build_head(keys: Mapping[str, Value], tensors: Sequence[OutputTensor]) -> bytes:

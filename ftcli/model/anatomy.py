@@ -26,7 +26,7 @@ from ftcli.model.layout import (
     plan_tensors,
     translate_gguf_name,
 )
-from ftcli.model.precision import Ratios, weigh, weigh_gguf
+from ftcli.model.precision import Ratios, shares_values, weigh, weigh_gguf
 from ftcli.store.tensor import TensorEntry
 
 PARTS = ("embedding", "position", "attention", "ffn", "norm", "head", "other")
@@ -101,11 +101,13 @@ class Anatomy:
     def weigh_gguf(self) -> dict[str, int]:
         """GGUF type → bytes of the tensors in such a file."""
         d = self.dimensions
+        queries_per_kv = d.n_heads // max(1, d.n_kv_heads)
         ratios = Ratios(
             n_layers=d.n_layers,
-            queries_per_kv=d.n_heads // max(1, d.n_kv_heads),
+            queries_per_kv=queries_per_kv,
             n_experts=d.experts.count if d.experts else 0,
             is_tied=self.is_tied,
+            shares_values=shares_values(d.family, d.n_layers, queries_per_kv),
         )
         return weigh_gguf(self.tensors, ratios)
 

@@ -32,6 +32,7 @@ _VALUE = ("v_proj", "attn_v", "qkv_proj", "attn_qkv", "c_attn", "query_key_value
 _DOWN = ("down_proj", "ffn_down", "ffn_down_exps", "w2", "fc2", "mlp.c_proj", "dense_4h_to_h")
 _OUT = ("o_proj", "attn_output", "attn.c_proj", "self_attn.dense", "attention.dense")
 _KEY = ("k_proj", "attn_k")
+_LLAMAS = ("llama", "mistral", "mixtral")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,15 @@ class Ratios:
     queries_per_kv: int
     n_experts: int
     is_tied: bool
+    shares_values: bool = False
+
+
+def shares_values(family: str, n_layers: int, queries_per_kv: int) -> bool:
+    """Whether llama.cpp takes the model for one of 70B, in which eight heads share each value projection.
+
+    Source: ``load_arch_hparams`` in llama.cpp's src/models/llama.cpp and qwen2.cpp.
+    """
+    return n_layers == 80 and (family == "qwen2" or (family in _LLAMAS and queries_per_kv > 1))
 
 
 def weigh(tensors: Sequence[PlacedTensor]) -> dict[str, int]:
@@ -114,8 +124,7 @@ def _choose_mixed(place: Place, mixture: str, default: str, ratios: Ratios) -> s
     layer, n, module = place.layer or 0, ratios.n_layers, place.module
     if module.endswith(_VALUE):
         chosen = _choose_value(layer, n, mixture, default, ratios.queries_per_kv)
-        # 70B: eight heads share each value projection, so bits are cheap there
-        if n == 80 and chosen in ("Q3_K", "Q4_K"):
+        if ratios.shares_values and chosen in ("Q3_K", "Q4_K"):  # where bits are cheap
             chosen = "Q5_K"
         return "Q8_0" if ratios.n_experts == 8 else chosen
     if module.endswith(_KEY) and ratios.n_experts == 8:

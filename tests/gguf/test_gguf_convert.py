@@ -23,7 +23,7 @@ from ftcli.errors import ContentError, NumericError, UsageError
 from ftcli.evaluate.llama_library import LlamaModel, load_library
 from ftcli.evaluate.subject import TorchBackend, load_plain, open_subject
 from ftcli.events import Notice, Progress
-from ftcli.gguf.convert import KINDS, convert
+from ftcli.gguf.convert import convert
 from ftcli.gguf.piece_model import read_pieces
 from ftcli.gguf.source import OpenSource, SourceTensor, open_folder, open_merge
 from ftcli.gguf.vocabulary import find_pre_tokenizer
@@ -91,7 +91,7 @@ def folder(tmp_path: Path, tiny_tokenizer: Any) -> Path:
     [
         pytest.param(case, kind, marks=[] if case in QUICK and kind == "f16" else pytest.mark.slow)
         for case in CASES
-        for kind in KINDS
+        for kind in HASHES[case]
     ],
 )
 def test_file_is_the_one_that_the_converter_writes(tmp_path: Path, case: str, kind: str) -> None:
