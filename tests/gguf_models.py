@@ -104,6 +104,36 @@ _MODEL_TYPES = {
 }
 
 
+_WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 320,
+}
+_NARROW = {"hidden_size": 64, "vocab_size": 272}
+_80_LAYERS = {"vocab_size": 272, "num_hidden_layers": 80}
+_PHI3 = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 0, "head_dim": None}
+# name → how a model to be quantised differs from the tied Llama "smollm2"
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "wide": _WIDE,
+    "wide, untied": _WIDE | {"tie_word_embeddings": False},
+    "wide, two queries": _WIDE | {"num_key_value_heads": 4},
+    "narrow": _NARROW,
+    "narrow, odd": _NARROW | {"intermediate_size": 80},
+    "19 layers": {"vocab_size": 272, "num_hidden_layers": 19},
+    "80 layers": _80_LAYERS,
+    "80 layers, single heads": _80_LAYERS | {"num_key_value_heads": 2},
+    "80 layers, qwen2": _80_LAYERS
+    | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2},
+    "llama-3.1": _WIDE | {"rope_parameters": LLAMA3, "max_position_embeddings": 131072},
+    "qwen3": _WIDE | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+    "phi3": _WIDE | _PHI3,
+    "gemma2": _WIDE | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"} | _SOFTCAPS | _GEMMA,
+}
+
+
 def write_model(folder: Path, case: str, *, dtype: str = "BF16", has_pieces: bool = True, **changes: Any) -> Path:
     """The folder of a two-layer model with a real tokenizer's vocabulary.
 

@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 def count_threads() -> int:
-    """How many threads quantise: the processors that this process may use, at most 8; on a GPU two take turns."""
+    """How many threads encode: the processors that this process may use, at most 8; on a GPU two take turns."""
     if torch.cuda.is_available():
         return 2
     return min(_MOST_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -29,13 +29,9 @@ def count_threads() -> int:
 def run_ahead(tasks: Iterable[Callable[[], Result]], n_threads: int) -> Generator[Result]:
     """Yields what ``tasks`` return, in their order; closing it waits for those under way and drops the rest.
 
-    With one thread each task runs when its result is asked for. With more, each has one thread inside torch, and
-    ``n_threads`` + 1 are at most held. What a task raises is raised where its result would have come.
+    Each has one thread inside torch, which serves best on a busy machine; ``n_threads`` + 1 are at most held. What a
+    task raises is raised where its result would have come.
     """
-    if n_threads == 1:
-        for task in tasks:
-            yield task()
-        return
     n_inside = torch.get_num_threads()
     pool = ThreadPoolExecutor(n_threads, "ftcli-ahead", initializer=torch.set_num_threads, initargs=(1,))
     waiting: deque[Future[Result]] = deque()

@@ -118,7 +118,7 @@ def convert(
         output,
         keys,
         tensors,
-        n_threads=1 if kind in _PLAIN_KINDS else count_threads(),
+        n_threads=count_threads(),
         on_bytes=lambda n: on_event(pace.advance(n)),
     )
     return Converted(

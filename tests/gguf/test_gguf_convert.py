@@ -219,7 +219,7 @@ def test_merge_on_the_fly_gives_the_file_of_the_merged_folder(tmp_path: Path, ma
     assert result.path.read_bytes() == (tmp_path / "a.gguf").read_bytes()
 
 
-def test_only_one_block_is_held(folder: Path, tmp_path: Path) -> None:
+def test_few_blocks_are_held(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = open_folder(folder)
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
@@ -238,9 +238,10 @@ def test_only_one_block_is_held(folder: Path, tmp_path: Path) -> None:
         return replace(tensor, make_blocks=make_blocks)
 
     source = OpenSource(folder, tuple(watch(tensor) for tensor in whole.tensors))
+    monkeypatch.setattr("ftcli.gguf.convert.count_threads", lambda: 1)
     convert(source, tmp_path / "a.gguf", kind="f16")
     assert len(alive) == len(whole.tensors)
-    assert most <= 2
+    assert most <= 3  # one that is read, one that is encoded, one whose bytes are written
 
 
 def test_what_cannot_be_written_is_refused_and_nothing_is_left(folder: Path, tmp_path: Path) -> None:
