@@ -210,13 +210,15 @@ def test_header_is_one_that_holds(folder: Path, tmp_path: Path) -> None:
 def test_merge_on_the_fly_gives_the_file_of_the_merged_folder(tmp_path: Path, make_adapter: Any) -> None:
     base, adapter = make_adapter(tied=False, dtype="bfloat16")
     merge(str(adapter), output=tmp_path / "merged", verifies=False)
-    convert(tmp_path / "merged", tmp_path / "a.gguf", kind="bf16", name="x")
     files, section = find_model(str(base)), ModelSection(name_or_path=str(base))
     weights = open_stored(files, build_skeleton(files, section))
     skeleton = build_skeleton(files, section)
     plan = plan_merge(read_adapter(adapter), weights, skeleton, dtype=None, packed_dtype=torch.bfloat16)
-    result = convert(open_merge(tmp_path / "merged", plan, weights), tmp_path / "b.gguf", kind="bf16", name="x")
-    assert result.path.read_bytes() == (tmp_path / "a.gguf").read_bytes()
+    source = open_merge(tmp_path / "merged", plan, weights)
+    for kind in ("bf16", "q4_k_m"):
+        convert(tmp_path / "merged", tmp_path / "a.gguf", kind=kind, name="x")
+        result = convert(source, tmp_path / "b.gguf", kind=kind, name="x")
+        assert result.path.read_bytes() == (tmp_path / "a.gguf").read_bytes()
 
 
 def test_few_blocks_are_held(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
