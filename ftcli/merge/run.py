@@ -131,7 +131,7 @@ def merge(
     # a run that is only read may be another's, and its folder not ours to write
     run = source.run if source.run and final.resolve().is_relative_to(source.run.path.resolve()) else None
     with locked(run) if run else nullcontext():
-        merging = _Merging(source, final, DTYPES[dtype] if dtype else None, onto, on_event)
+        merging = Merging(source, final, DTYPES[dtype] if dtype else None, onto, on_event)
         merged = merging.carry_out(data, verifies, lambda: check_output(final, source, overwrite=overwrite))
         if run:
             found = merged.verification.to_json() if merged.verification else None
@@ -140,8 +140,8 @@ def merge(
     return merged
 
 
-class _Merging:
-    """A merge under way."""
+class Merging:
+    """A merge under way: what is known of it before a byte is written is in ``plan`` and ``weights``."""
 
     def __init__(self, source: Source, final: Path, dtype: torch.dtype | None, onto: str, on_event: OnEvent) -> None:
         self.source, self.final, self.onto, self.on_event = source, final, onto, on_event
@@ -160,16 +160,20 @@ class _Merging:
         needed = measure_shards([part.tensor for part in self.plan.parts]) + _SMALL_FILES_BYTES
         needed += 2 * n_tokens * self.plan.vocab_size
         with staged_folder(self.final, needed) as folder:
-            files, adapter = self.source.files, self.source.adapter
-            write_config(folder, files, self.skeleton, self.plan)
-            write_tokenizer(folder, files, adapter)
-            write_generation_config(folder, files, adapter, self.skeleton, self._list_stops())
+            self.write_texts(folder)
             self.on_event(Stage("merge", f"{len(self.plan.parts)} tensors"))
             survivals = write_weights(folder, self.plan, self.weights, self.on_event)
             merged = self._describe(tuple(survivals), self._verify(folder, sets) if verifies else None)
             self._write_records(folder, merged)
             check_final()
         return merged
+
+    def write_texts(self, folder: Path) -> None:
+        """Nothing; config, generation config and tokenizer of the result lie in ``folder``."""
+        files, adapter = self.source.files, self.source.adapter
+        write_config(folder, files, self.skeleton, self.plan)
+        write_tokenizer(folder, files, adapter)
+        write_generation_config(folder, files, adapter, self.skeleton, self._list_stops())
 
     def _build_skeleton(self) -> Any:
         return build_skeleton(self.source.files, self.source.section)
