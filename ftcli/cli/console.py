@@ -8,17 +8,19 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ftcli.cli import exported
 from ftcli.cli.merged import explain_failure, list_merge
 from ftcli.cli.outcome import format_bytes, format_seconds, list_outcome
 from ftcli.errors import FtcliError
 from ftcli.events import EvalDone, Event, Notice, OnEvent, Progress, Sampled, Saved, Stage, StepDone
 
 if TYPE_CHECKING:
+    from ftcli.gguf.export import ExportedFile
     from ftcli.jobs.environment import Environment
     from ftcli.jobs.summary import RunSummary
     from ftcli.merge.run import Merged
@@ -218,6 +220,23 @@ def show_merged(merged: Merged, *, as_json: bool) -> None:
         show_document("merge", merged.to_json())
     else:
         show_lines(make_printable(line) for line in list_merge(merged))
+    if error:
+        raise error
+
+
+def show_exported(files: Sequence[ExportedFile], *, as_json: bool) -> None:
+    """Nothing; what came of an export is on stdout.
+
+    Raises:
+        VerificationFailed: a file is not the model that it was made from.
+    """
+    error = exported.explain_failure(files)
+    if as_json and error:
+        error.document = {"command": "export", **exported.build_document(files)}
+    elif as_json:
+        show_document("export", exported.build_document(files))
+    else:
+        show_lines(make_printable(line) for line in exported.list_export(files))
     if error:
         raise error
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from ftcli.data.chat import ChatRenderer, Rendered
+from ftcli.data.limits import read_limits
 from ftcli.data.loader import DataSplit, DocumentSet, Part, Reading, build_set, load_split
 from ftcli.errors import ContentError, UsageError
 from ftcli.evaluate.loss import count_targets, list_lengths
+from ftcli.evaluate.target import Target
 from ftcli.recipe import DataSection, DatasetSection, Recipe
 
 _NO_LIMIT = 1 << 40
@@ -42,6 +44,20 @@ def load_file_set(path: str, reading: Reading) -> DocumentSet:
     table = reading.load(section)
     part = Part(Path(path).name, table, np.ones(table.n_rows, dtype=bool), np.ones(table.n_rows), (section,))
     return build_set(part, DataSection(max_length=_NO_LIMIT))
+
+
+def load_target_rows(target: Target, data: str | None, most_tokens: int) -> dict[str, list[Rendered]]:
+    """Name → documents to compare models on: of the file ``data``, else of the run; none for what is no run.
+
+    Raises:
+        FtcliError: as `load_file_rows` and `load_run_rows`.
+    """
+    context = read_limits(target.files).context
+    if data is not None:
+        return load_file_rows(data, target.renderer, most_tokens=most_tokens, context=context)
+    if target.recipe is None:
+        return {}
+    return load_run_rows(target.recipe, target.renderer, most_tokens=most_tokens, context=context)
 
 
 def load_run_rows(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ class Target:
             return self.recipe.quantization if self.recipe.is_4bit else None
         recorded = self.manifest.get("quantization") if self.adapter else None
         return QuantizationSection(**recorded) if recorded else None
+
+    @cached_property
+    def renderer(self) -> ChatRenderer:
+        """Tokenizer and template as they were trained, on that day."""
+        date = self.manifest.get("template_date")
+        return self.load_renderer(date=datetime.fromisoformat(date) if date else None)
 
     def load_renderer(self, *, date: datetime | None = None) -> ChatRenderer:
         """Tokenizer and template as they were trained, where the adapter brings them; else the model's own.

@@ -21,15 +21,19 @@ ROUNDING_KL = 0.005  # two ways to compute one bfloat16 model are this far apart
 class Verdict:
     """A result held against its source: KL per trained token in nats, and what it must not exceed.
 
-    ``kl_base`` is the source's distance from the model without its fine-tuning, None where that was not measured.
+    ``kl_base`` is the source's distance from the model without its fine-tuning, None where that was not measured;
+    ``limit`` is a bound that holds instead of the one that follows from it.
     """
 
     comparison: Comparison
     kl_base: float | None = None
+    limit: float | None = None
 
     @property
     def most_kl(self) -> float:
         """The bound on `Comparison.kl`."""
+        if self.limit is not None:
+            return self.limit
         if self.kl_base is None or not isfinite(self.kl_base):
             return MOST_KL
         return min(MOST_KL, max(ROUNDING_KL, MOST_SHARE * self.kl_base))

@@ -52,7 +52,7 @@ _PATTERNS = {
 }
 _BEGINS_WITH_BOS = {"llama-bpe", "tekken", "default"}  # what llama.cpp assumes unless told; default is SentencePiece
 # what llama.cpp ends an answer at by itself
-_KNOWN_ENDS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>"}
+KNOWN_ENDS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>"}
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
 _PHI3, _PHI_3 = re.compile("phi-?3", re.IGNORECASE), re.compile("phi 3", re.IGNORECASE)
@@ -265,7 +265,7 @@ def _list_special_ids(tokenizer: Any, folder: Path, settings: Mapping[str, Any],
             ids.setdefault(role, number)
     keys: dict[str, Value] = {f"tokenizer.ggml.{_ROLES[role]}_token_id": number for role, number in ids.items()}
     end = _find_turn_end(tokenizer)
-    if end not in (None, ids.get("eos")) and tokenizer.convert_ids_to_tokens(end) not in _KNOWN_ENDS:
+    if end not in (None, ids.get("eos")) and tokenizer.convert_ids_to_tokens(end) not in KNOWN_ENDS:
         keys["tokenizer.ggml.eot_token_id"] = end
     return keys
 

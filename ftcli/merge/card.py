@@ -14,17 +14,10 @@ def build_card(
     name: str, manifest: Mapping[str, Any], verification: Verification | None, *, datasets: list[str]
 ) -> str:
     """Markdown with the front matter that the Hub reads."""
-    base = manifest["base"]["id"]
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if "://" not in base and not base.startswith(("/", ".", "~")):
-        front["base_model"] = base
-    front["tags"] = ["ftcli", "lora", "merged"]
     onto = "the dequantized 4-bit weights" if manifest["onto"] == "dequantized" else "the original weights"
+    base = manifest["base"]["id"]
     lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False).rstrip(),
-        "---",
-        "",
+        *build_front(base),
         f"# {name}",
         "",
         f"`{base}`, fine-tuned with LoRA and merged by ftcli"
@@ -37,6 +30,15 @@ def build_card(
     lines += ["## Verification", "", *_describe_verification(verification), ""]
     lines += ["## Use", "", "```python", *_USE, "```", ""]
     return "\n".join(lines)
+
+
+def build_front(base: str) -> list[str]:
+    """The lines of the front matter of a model that was made from ``base``."""
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if "://" not in base and not base.startswith(("/", ".", "~")):
+        front["base_model"] = base
+    front["tags"] = ["ftcli", "lora", "merged"]
+    return ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", ""]
 
 
 _USE = (

@@ -11,14 +11,17 @@ from ftcli.store.file import read_json
 from ftcli.store.target import path_exists
 
 
-def find_output(output: Path | None, source: Source) -> Path:
-    """The folder that the result becomes: ``output``, or what that is a link to; else ``merged/`` of the run.
+def name_output(source: Source) -> Path:
+    """The folder that the result becomes where none is asked for: ``merged/`` of the run, or beside."""
+    return source.run.path / "merged" if source.run else Path(f"{source.adapter.resolve().name}-merged")
+
+
+def read_output(output: Path) -> Path:
+    """The folder that is asked for: ``output``, or what that is a link to.
 
     Raises:
         UsageError: it can be no folder's name.
     """
-    if output is None:
-        return source.run.path / "merged" if source.run else Path(f"{source.adapter.resolve().name}-merged")
     final = Path(os.path.expanduser(output))
     if final.name in ("", ".."):
         raise UsageError("is no name that a new folder can have", where=str(output), hint="choose another --output")

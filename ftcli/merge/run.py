@@ -18,13 +18,14 @@ import torch
 
 from ftcli.data.chat import Rendered
 from ftcli.errors import ContentError, FtcliError, UsageError, is_memory_error
+from ftcli.evaluate.sample import load_target_rows
 from ftcli.evaluate.subject import load_plain
 from ftcli.events import Notice, OnEvent, Saved, Stage, ignore_event
 from ftcli.merge.adapter import read_adapter
 from ftcli.merge.arithmetic import Survival
 from ftcli.merge.card import build_card
 from ftcli.merge.folder import write_config, write_generation_config, write_tokenizer, write_weights
-from ftcli.merge.output import check_output, find_output
+from ftcli.merge.output import check_output, name_output, read_output
 from ftcli.merge.plan import Weights, plan_merge
 from ftcli.merge.source import Source, find_source
 from ftcli.merge.verify import MOST_TOKENS, Verification, fill_weights, verify_models, verify_tensors
@@ -124,7 +125,7 @@ def merge(
             failed its verification is there: its ``verification`` says so.
     """
     source = find_source(target, base)
-    final = find_output(output, source)
+    final = read_output(output) if output else name_output(source)
     bring_back(final)
     check_output(final, source, overwrite=overwrite)
     on_event(Stage("check", f"{source.name} and {source.files.reference}"))
@@ -196,7 +197,7 @@ class Merging:
     def _load_rows(self, data: str | None) -> dict[str, list[Rendered]]:
         """The rows to compare on; without any the tensors are checked, which is told."""
         try:
-            sets = self.source.load_rows(data, MOST_TOKENS)
+            sets = load_target_rows(self.source, data, MOST_TOKENS)
         except (UsageError, ContentError) as error:
             if data is not None:
                 raise

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from datetime import datetime
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ftcli.data.chat import ChatRenderer, Rendered
-from ftcli.data.limits import read_limits
 from ftcli.errors import ContentError, UsageError
-from ftcli.evaluate.sample import load_file_rows, load_run_rows
 from ftcli.evaluate.subject import Subject, open_adapter
 from ftcli.evaluate.target import Target, find_target
 from ftcli.model.base import choose_device, choose_dtype
@@ -34,22 +28,9 @@ class Source(Target):
         name = self.manifest.get("dtype")
         return getattr(torch, name) if name else choose_dtype(self.section.dtype, choose_device())
 
-    @cached_property
-    def renderer(self) -> ChatRenderer:
-        """Tokenizer and template as they were trained, on that day."""
-        date = self.manifest.get("template_date")
-        return self.load_renderer(date=datetime.fromisoformat(date) if date else None)
-
     def open(self) -> Subject:
         """The adapter on its base, in memory as it was trained."""
         return open_adapter(self, self.renderer)
-
-    def load_rows(self, data: str | None, most_tokens: int) -> dict[str, list[Rendered]]:
-        """Name → documents to compare models on: of the file ``data``, else of the run; none for a lone adapter."""
-        options: dict[str, Any] = {"most_tokens": most_tokens, "context": read_limits(self.files).context}
-        if data is not None:
-            return load_file_rows(data, self.renderer, **options)
-        return load_run_rows(self.recipe, self.renderer, **options) if self.recipe else {}
 
 
 def find_source(reference: str | None = None, base: str | None = None) -> Source:
@@ -63,7 +44,16 @@ def find_source(reference: str | None = None, base: str | None = None) -> Source
         raise UsageError("is a recipe", where=reference, hint="name the run that it made, or an adapter")
     if reference is not None and not RunFolder(Path(reference).expanduser()).holds_run():
         reference = str(find_adapter(reference))
-    target = find_target(reference, base=base)
+    return build_source(find_target(reference, base=base))
+
+
+def build_source(target: Target) -> Source:
+    """The adapter of ``target`` on its base.
+
+    Raises:
+        UsageError: it has none.
+        ContentError: the base is packed.
+    """
     if target.adapter is None:
         raise UsageError(
             "the run trained all weights: there is nothing to merge",

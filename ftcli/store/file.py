@@ -81,19 +81,31 @@ def staged_folder(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
     Raises:
         DiskError: the disk is full or the folder may not be written; nothing is left behind.
     """
-    staging = final.with_name(name_beside(final, "tmp"))
+    with disk_errors(final, needed_bytes):
+        bring_back(final)
+    with scratch_folder(final, needed_bytes) as staging:
+        yield staging
+        sync_tree(staging)
+        replace_folder(staging, final)
+
+
+@contextmanager
+def scratch_folder(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
+    """A new empty folder beside ``final`` that is gone when the block ends; what killed processes left is swept.
+
+    Raises:
+        DiskError: the disk is full or the folder may not be written.
+    """
+    scratch = final.with_name(name_beside(final, "tmp"))
     with disk_errors(final, needed_bytes):
         for left in list_left(final, "tmp"):
             shutil.rmtree(left, ignore_errors=True)
-        bring_back(final)
         check_free(final, needed_bytes)
-        staging.mkdir(parents=True)
+        scratch.mkdir(parents=True)
         try:
-            yield staging
-            sync_tree(staging)
-            replace_folder(staging, final)
+            yield scratch
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def bring_back(final: Path) -> None:

@@ -1,0 +1,95 @@
+"""What came of an export, laid out for people: the files, their sizes, and what each lost of its source."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ftcli.cli.outcome import format_bytes
+from ftcli.errors import VerificationFailed
+
+if TYPE_CHECKING:
+    from ftcli.gguf.export import ExportedFile
+
+_HEAD = f"  {'type':<7}{'size':>10} {'bits':>6}  {'KL':>8} {'bound':>6} {'top-1':>7}  perplexity"
+
+
+def build_document(files: Sequence[ExportedFile]) -> dict[str, Any]:
+    """The document of ``--json``; its ``verify`` is that of the worst file."""
+    worst = find_worst(files)
+    return {
+        "source": files[0].source,
+        "output": str(files[0].path.parent),
+        "bytes": sum(file.size_bytes for file in files),
+        "files": [file.to_json() for file in files],
+        "verify": worst.verification.to_json() if worst and worst.verification else None,
+    }
+
+
+def list_export(files: Sequence[ExportedFile]) -> Iterator[str]:
+    """Yields the lines, of at most 80 columns but for names and paths."""
+    yield f"{files[0].source}: {len(files)} GGUF {'file' if len(files) == 1 else 'files'}"
+    yield _HEAD
+    for file in files:
+        yield f"  {file.kind:<7}{format_bytes(file.size_bytes):>10} {file.bits_per_weight:>6.2f}  {_describe(file)}"
+    yield ""
+    for file in files:
+        yield f"  {file.path}"
+    good = [file for file in files if file.verification is None or file.verification.has_passed]
+    if good:
+        path = shlex.quote(str(good[0].path))
+        yield from ("", "next:", f"  ftcli chat {path}", f"  llama-cli -m {path} -cnv")
+
+
+def _describe(file: ExportedFile) -> str:
+    found = file.verification
+    if found is None:
+        return "not verified"
+    if found.problem:
+        return "unfit: see below"
+    if found.verdict is None:
+        return "not compared, its structure is sound"
+    kl, verdict = found.verdict.comparison, found.verdict
+    figures = f"{kl.kl:>8.5f} {verdict.most_kl:>6.3f} {kl.top1:>7.2%}  {kl.ppl_source:.4g} → {kl.ppl_result:.4g}"
+    return figures if verdict.has_passed else f"{figures}  failed"
+
+
+def find_worst(files: Sequence[ExportedFile]) -> ExportedFile | None:
+    """The file that is the furthest from its source; one that is unfit before all others."""
+    return max((file for file in files if file.verification), key=_rate, default=None)
+
+
+def explain_failure(files: Sequence[ExportedFile]) -> VerificationFailed | None:
+    """The error of an export of which a file is not its source any more; None for a good one."""
+    failed = [file for file in files if file.verification and not file.verification.has_passed]
+    worst = find_worst(failed)
+    if worst is None or worst.verification is None:
+        return None
+    kept = "the file is written, and manifest.json says so"
+    if worst.verification.problem or worst.verification.verdict is None:
+        why = f"{worst.verification.problem}; {kept}"
+        return VerificationFailed("the file is unfit for use", where=str(worst.path), why=why, hint="try another type")
+    verdict = worst.verification.verdict
+    return VerificationFailed(
+        f"{worst.kind} is not the model that was exported: KL {verdict.comparison.kl:.4f} nats per trained token",
+        where=str(worst.path),
+        why=f"at most {verdict.most_kl:g} are allowed for this type; {kept}",
+        hint=_suggest(worst),
+    )
+
+
+def _suggest(file: ExportedFile) -> str:
+    hints = [f"take a larger type: --gguf {file.larger}"] if file.larger else []
+    if file.from_4bit:
+        hints.append("the run saw its base in 4 bits: ftcli merge --onto dequantized, then export the merged folder")
+    return "; or: ".join(hints) or "look at the model: ftcli inspect"
+
+
+def _rate(file: ExportedFile) -> tuple[bool, bool, float]:
+    """How bad it is, where a KL that is no number is the worst."""
+    found = file.verification
+    if found is None or found.verdict is None:
+        return found is not None and bool(found.problem), False, 0.0
+    kl = found.verdict.comparison.kl
+    return False, not found.has_passed, kl if kl == kl else float("inf")

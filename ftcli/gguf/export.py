@@ -1,0 +1,240 @@
+"""``ftcli export``: a run, an adapter or a model as GGUF files, each held against its source.
+
+    target ─▶ folder, or merge as it is made ─▶ a file of each kind (in a scratch folder) ─▶ verified ─▶ final name
+
+A merge is not written in between, and the file is the one that its folder would give.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftcli.data.chat import ChatRenderer, Rendered
+from ftcli.errors import ContentError, FtcliError, UsageError, is_memory_error
+from ftcli.evaluate.loss import count_targets
+from ftcli.evaluate.sample import load_target_rows
+from ftcli.evaluate.subject import Subject, open_adapter, open_plain
+from ftcli.evaluate.target import MANIFEST, Target, find_target
+from ftcli.events import Notice, OnEvent, Saved, Stage, ignore_event
+from ftcli.gguf.convert import KINDS, convert, plan_tensors
+from ftcli.gguf.family import find_family
+from ftcli.gguf.kind import find_kinds, suggest_larger
+from ftcli.gguf.metadata import read_model_config
+from ftcli.gguf.output import Output, find_output
+from ftcli.gguf.source import OpenSource, open_folder, open_merge
+from ftcli.gguf.verify import Reference, Verification, record_source, verify_file
+from ftcli.gguf.write import OutputTensor
+from ftcli.merge.card import build_front
+from ftcli.merge.run import Merging
+from ftcli.merge.source import build_source
+from ftcli.merge.verify import MOST_TOKENS
+from ftcli.model.base import choose_device, choose_dtype
+from ftcli.store.file import check_free, disk_errors, read_json, scratch_folder, write_text
+from ftcli.store.run import locked
+from ftcli.train.memory import measure_available
+
+_HEAD_BYTES = 32 << 20  # of metadata and vocabulary, in each file
+_SPARE_BYTES = 1 << 30  # beside the weights of a model that answers: logits, activations, libraries
+
+Plans = Mapping[str, Sequence[OutputTensor]]
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """A GGUF file of ``source``; ``verification`` is None where none was wanted.
+
+    ``from_4bit`` says that the source held its base in 4 bits, which the file does not.
+    """
+
+    source: str
+    kind: str
+    path: Path
+    size_bytes: int
+    bits_per_weight: float
+    verification: Verification | None
+    from_4bit: bool = False
+
+    @property
+    def larger(self) -> str:
+        """The kind to take where this one lost too much; empty for the largest."""
+        return suggest_larger(self.kind)
+
+    def to_json(self) -> dict[str, Any]:
+        """An entry of ``files`` in the document of ``--json``."""
+        return {
+            "type": self.kind,
+            "path": str(self.path),
+            "bytes": self.size_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "verify": self.verification.to_json() if self.verification else None,
+        }
+
+
+def export(
+    target: str | None = None,
+    *,
+    kinds: Sequence[str],
+    output: Path | None = None,
+    data: str | None = None,
+    verifies: bool = True,
+    overwrite: bool = False,
+    on_event: OnEvent = ignore_event,
+) -> tuple[ExportedFile, ...]:
+    """The files that llama.cpp runs, one of each kind, in the order of ``kinds``.
+
+    Args:
+        target: a run, an adapter, or a model (folder or Hub id); None is the newest finished run.
+        kinds: such as ``q4_k_m``; see `ftcli.gguf.convert.KINDS`.
+        output: the folder; by default ``gguf/`` of the run, or ``./NAME-gguf``.
+        data: rows to compare on, instead of those of the run.
+        verifies: whether each file is held against its source.
+        overwrite: replace files that are there.
+        on_event: told of stages and progress.
+
+    Raises:
+        FtcliError: with the exit code of what happened. A file that failed its verification is there: its
+            ``verification`` says so.
+    """
+    wanted = find_kinds(kinds)
+    found = _find_source(target)
+    place = find_output(found, output)
+
+    def check() -> None:
+        place.check(found, wanted, overwrite=overwrite)
+
+    check()
+    on_event(Stage("check", f"{found.name} and {found.files.reference}" if found.adapter else found.name))
+    # a run that is only read may be another's, and its folder not ours to write
+    run = found.run if found.run and place.folder.resolve().is_relative_to(found.run.path.resolve()) else None
+    with locked(run) if run else nullcontext(), scratch_folder(place.folder) as scratch:
+        return _Exporting(found, place, scratch, on_event).carry_out(wanted, data, verifies, check)
+
+
+def _find_source(reference: str | None) -> Target:
+    """The run, adapter or model that is exported.
+
+    Raises:
+        FtcliError: as `find_target`; or it is a GGUF file, or packed.
+    """
+    target = find_target(reference)
+    if path := target.files.gguf_path if target.adapter is None else None:
+        made = read_json(path.parent / MANIFEST) or {}
+        known = made.get("source") if made.get("command") == "export" else None
+        raise ContentError(
+            "is a GGUF file already",
+            where=target.name,
+            why="what it was rounded from gives better files",
+            hint=f"export {known}, from which it was made" if known else "name the folder of the model it is made from",
+        )
+    return build_source(target) if target.adapter else target
+
+
+class _Exporting:
+    """An export under way; all that is not finished lies in ``scratch``."""
+
+    def __init__(self, target: Target, place: Output, scratch: Path, on_event: OnEvent) -> None:
+        self.target, self.place, self.scratch, self.on_event = target, place, scratch, on_event
+
+    def carry_out(
+        self, kinds: Sequence[str], data: str | None, verifies: bool, check: Callable[[], None]
+    ) -> tuple[ExportedFile, ...]:
+        documents = self._load_rows(data) if verifies else []
+        source = self._open_source()
+        plans = _plan_files(source, kinds)
+        self._check_disk(source, plans, documents)
+        for kind in kinds:
+            self.on_event(Stage("gguf", self.place.name_file(kind)))
+            convert(source, self.scratch / self.place.name_file(kind), kind=kind, on_event=self.on_event)
+        reference = self._record(plans, documents) if documents else None
+        gc.collect()
+        check()
+        return tuple(self._finish(kind, plans[kind], reference, verifies) for kind in kinds)
+
+    def _open_source(self) -> OpenSource:
+        """The model under its own name, from which the files' metadata follow."""
+        folder = self.scratch / "model" / self.place.name
+        with disk_errors(folder):
+            folder.parent.mkdir()
+            if not self.target.adapter:
+                folder.symlink_to(self.target.files.folder.resolve())
+                return open_folder(folder)
+            folder.mkdir()
+        merging = Merging(build_source(self.target), self.place.folder, None, "original", self.on_event)
+        merging.write_texts(folder)
+        base = self.target.manifest.get("base", {}).get("id", self.target.files.reference)
+        write_text(folder / "README.md", "\n".join(build_front(base)))
+        return open_merge(folder, merging.plan, merging.weights)
+
+    def _load_rows(self, data: str | None) -> list[Rendered]:
+        """The rows to compare on: those held out, else those trained on; without any that is told."""
+        try:
+            sets = load_target_rows(self.target, data, MOST_TOKENS)
+        except (UsageError, ContentError) as error:
+            if data is not None:
+                raise
+            self.on_event(Notice(f"the run's rows cannot be read ({error.where or error.what}): {error.what}"))
+            sets = {}
+        if not sets:
+            self.on_event(
+                Notice("there are no rows to compare on: only the files' structure is checked (or name --data FILE)")
+            )
+        return next((sets[name] for name in ("data", "held_out", "train") if name in sets), [])
+
+    def _check_disk(self, source: OpenSource, plans: Plans, documents: Sequence[Rendered]) -> None:
+        needed = sum(_HEAD_BYTES + sum(t.size_bytes for t in tensors) for tensors in plans.values())
+        needed += 2 * sum(count_targets(documents)) * int(read_model_config(source.folder)["vocab_size"])
+        check_free(self.place.folder, needed)
+
+    def _record(self, plans: Plans, documents: Sequence[Rendered]) -> Reference | None:
+        """What the source says; None, which is told, where it does not fit in memory."""
+        tensors = next(iter(plans.values()))
+        dtype = choose_dtype(self.target.section.dtype, choose_device())
+        needed = dtype.itemsize * sum(math.prod(tensor.shape) for tensor in tensors) + _SPARE_BYTES
+        if needed > (available := measure_available()):
+            sizes = f"it takes {needed / 1e9:.1f} GB in memory, and {available / 1e9:.1f} are free"
+            self.on_event(Notice(f"the source is not run, so nothing is compared: {sizes}"))
+            return None
+        try:
+            return record_source(self._load_source, documents, self.scratch / "rows", self.on_event)
+        except Exception as error:
+            if not is_memory_error(error):
+                raise
+            self.on_event(Notice("the source does not fit in memory: nothing is compared"))
+        return None
+
+    def _load_source(self) -> Subject:
+        is_adapted = self.target.adapter is not None
+        return (open_adapter if is_adapted else open_plain)(self.target, self.target.renderer)
+
+    def _find_renderer(self) -> ChatRenderer | None:
+        try:
+            return self.target.renderer
+        except FtcliError:  # without a template
+            return None
+
+    def _finish(
+        self, kind: str, tensors: Sequence[OutputTensor], reference: Reference | None, verifies: bool
+    ) -> ExportedFile:
+        """The file of a kind under its final name, verified."""
+        path = self.scratch / self.place.name_file(kind)
+        found = None
+        if verifies:
+            found = verify_file(path, kind, tensors, self._find_renderer(), reference, self.on_event)
+        bits = 8 * sum(t.size_bytes for t in tensors) / sum(math.prod(t.shape) for t in tensors)
+        entry = {"bits_per_weight": bits, "verify": found.to_json() if found else None}
+        size = path.stat().st_size
+        final = self.place.publish(path, self.target, kind, entry)
+        self.on_event(Saved(str(final)))
+        return ExportedFile(self.target.name, kind, final, size, bits, found, self.target.quantization is not None)
+
+
+def _plan_files(source: OpenSource, kinds: Sequence[str]) -> Plans:
+    config = read_model_config(source.folder)
+    family = find_family(str(config.get("model_type", "")), str(source.folder))
+    return {kind: plan_tensors(source, family, config, KINDS[kind].choose) for kind in kinds}

@@ -1,0 +1,79 @@
+"""Which kinds of file are asked for, by the names that llama.cpp gives them; what each may lose."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from ftcli.errors import UsageError
+from ftcli.gguf.convert import KINDS
+
+# nats per trained token; the smaller a model, the more it loses, and these are for small ones
+_LIMITS = {
+    "f32": 0.02,
+    "f16": 0.02,
+    "bf16": 0.02,
+    "q8_0": 0.03,
+    "q6_k": 0.05,
+    "q5": 0.1,
+    "q4": 0.3,
+    "q3": 0.8,
+    "q2": 3.0,
+}
+_LARGER = {
+    "q2": "q4_k_m",
+    "q3": "q4_k_m",
+    "q4": "q6_k",
+    "q5": "q8_0",
+    "q6": "q8_0",
+    "q8": "f16",
+    "f1": "f32",
+    "bf": "f32",
+}
+_INSTEAD = {
+    "iq4": "q4_k_m",
+    "iq3": "q3_k_m",
+    "iq2": "q2_k",
+    "iq1": "q2_k",
+    "tq1": "q2_k",
+    "tq2": "q2_k",
+    "q2_k_s": "q2_k",
+}
+
+
+def find_kinds(names: Sequence[str]) -> tuple[str, ...]:
+    """The kinds of file that ``names`` mean, whatever their case, each once.
+
+    Raises:
+        UsageError: none is named, or one that ftcli does not write.
+    """
+    if not names:
+        raise UsageError("there is nothing to export to", hint="name a type of GGUF file: --gguf q4_k_m")
+    return tuple(dict.fromkeys(_find_kind(name) for name in names))
+
+
+def find_limit(kind: str) -> float:
+    """The most nats per trained token that a file of this kind may be away from its source."""
+    return _LIMITS.get(kind) or _LIMITS[kind[:2]]
+
+
+def suggest_larger(kind: str) -> str:
+    """The kind to take where this one lost too much; empty for the largest."""
+    larger = _LARGER.get(kind[:2], "")
+    return larger if larger in KINDS else ""
+
+
+def _find_kind(name: str) -> str:
+    kind = name.strip().lower()
+    if kind in KINDS:
+        return kind
+    if instead := next((value for start, value in _INSTEAD.items() if kind.startswith(start)), ""):
+        raise UsageError(
+            "this type is not written by ftcli",
+            where=f"--gguf {name}",
+            why="it is of use only with an importance matrix",
+            hint=f"take {instead}, which needs none",
+        )
+    near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.5)
+    meant = f"did you mean {near[0]}? " if near else ""
+    raise UsageError("there is no such type", where=f"--gguf {name}", hint=f"{meant}There are: {', '.join(KINDS)}")

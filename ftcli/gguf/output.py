@@ -1,0 +1,110 @@
+"""Where exported files go: a folder that more may be added to, each file whole from the moment it is there.
+
+runs/NAME/gguf/  NAME-Q4_K_M.gguf  NAME-Q8_0.gguf  manifest.json
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftcli.errors import UsageError
+from ftcli.evaluate.target import MANIFEST, Target
+from ftcli.merge.output import read_output
+from ftcli.store.file import disk_errors, hash_file, read_json, sync_folder, write_json
+from ftcli.store.run import MANIFEST_SCHEMA, now_text
+from ftcli.store.target import path_exists
+from ftcli.train.record import list_versions
+
+_MOST_NAME = 100  # characters, of which each may take two bytes of the 255 that a name has
+
+
+@dataclass(frozen=True)
+class Output:
+    """The folder of the files, and the ``name`` that each begins with."""
+
+    folder: Path
+    name: str
+
+    def name_file(self, kind: str) -> str:
+        """The name of the file of a kind."""
+        return f"{self.name}-{kind.upper()}.gguf"
+
+    def check(self, target: Target, kinds: Sequence[str], *, overwrite: bool) -> None:
+        """None if files of these kinds may be written here.
+
+        Raises:
+            UsageError: one is there, what is read lies here, or the folder is of something else.
+        """
+        where = str(self.folder)
+        for path in filter(None, (target.adapter, target.files.folder)):
+            if path.resolve().is_relative_to(os.path.realpath(self.folder)):
+                raise UsageError(f"what is exported lies in it: {path}", where=where, hint="choose another --output")
+        if path_exists(self.folder, where) and not self.folder.is_dir():
+            raise UsageError("is no folder", where=where, hint="choose another --output")
+        manifest = read_json(self.folder / MANIFEST) or {}
+        if manifest and (manifest.get("command"), manifest.get("name")) != ("export", self.name):
+            what = "holds something else: its manifest.json is not of this export"
+            raise UsageError(what, where=where, hint="choose another --output")
+        for path in (self.folder / self.name_file(kind) for kind in kinds):
+            if not (path.exists() or path.is_symlink()):
+                continue
+            if path.is_dir():
+                raise UsageError("is a folder", where=str(path), hint="choose another --output")
+            if not overwrite:
+                raise UsageError(
+                    "exists already", where=str(path), hint="replace it: --overwrite; or choose another --output"
+                )
+
+    def publish(self, path: Path, target: Target, kind: str, entry: Mapping[str, Any]) -> Path:
+        """Where the finished file ``path`` lies now; the manifest tells of it, by ``entry``, and of those before."""
+        final = self.folder / self.name_file(kind)
+        with disk_errors(final):
+            described = {"sha256": hash_file(path), "bytes": path.stat().st_size}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.replace(final)
+            sync_folder(self.folder)
+            manifest = read_json(self.folder / MANIFEST) or {}
+            files = {**manifest.get("files", {}), final.name: described}
+            document = {
+                "schema": MANIFEST_SCHEMA,
+                "command": "export",
+                "finished_at": now_text(),
+                "versions": list_versions(),
+                "name": self.name,
+                "source": target.name,
+                "base": target.manifest.get("base"),
+                "files": {name: files[name] for name in sorted(files) if (self.folder / name).is_file()},
+                "exports": {**manifest.get("exports", {}), kind: dict(entry)},
+            }
+            write_json(self.folder / MANIFEST, document)
+        return final
+
+
+def find_output(target: Target, folder: Path | None) -> Output:
+    """Where exports of ``target`` go: to ``folder``, else to ``gguf/`` of its run, or ``./NAME-gguf``.
+
+    Raises:
+        UsageError: the folder can have no such name.
+    """
+    name = name_target(target)
+    if folder is not None:
+        return Output(read_output(folder), name)
+    return Output(target.run.path / "gguf" if target.run else Path(f"{name}-gguf"), name)
+
+
+def name_target(target: Target) -> str:
+    """What ``target`` is called, so that it can be a part of a file's name."""
+    if target.run:
+        name = target.run.path.resolve().name
+    elif target.adapter:
+        name = target.adapter.resolve().name
+    elif target.files.revision:  # the Hub's folder is a number
+        name = target.files.reference.rpartition("/")[2]
+    else:
+        name = target.files.folder.resolve().name
+    return re.sub(r"[^\w.+-]+", "-", name)[:_MOST_NAME].strip(".-") or "model"
