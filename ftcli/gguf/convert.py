@@ -27,6 +27,7 @@ from ftcli.gguf.mixture import choose_type, find_position, is_fallback, read_rat
 from ftcli.gguf.source import Source, SourceTensor, open_folder
 from ftcli.gguf.vocabulary import build_vocabulary, fit_name
 from ftcli.gguf.write import OutputTensor, Value, write_gguf
+from ftcli.model.precision import Ratios
 from ftcli.store.target import ModelFiles
 
 Keys = Mapping[str, Value]
@@ -99,7 +100,7 @@ def convert(
     source = open_folder(model) if isinstance(model, Path) else model
     config = read_model_config(source.folder)
     family = find_family(str(config.get("model_type", "")), str(source.folder))
-    ratios = read_ratios(config, is_tied=all(tensor.name != "lm_head.weight" for tensor in source.tensors))
+    ratios = _find_ratios(source, config)
     tensors = plan_tensors(source, family, config, partial(choose_type, kind, ratios=ratios))
     n_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
     keys = build_keys(source.folder, family, config, file_type=KINDS[kind], n_parameters=n_parameters, name=name)
@@ -134,6 +135,17 @@ def convert(
     )
 
 
+def plan_file(source: Source, kind: str) -> list[OutputTensor]:
+    """The tensors of the file of this kind, none of which is made yet.
+
+    Raises:
+        ContentError: an unknown family, or a damaged config.
+    """
+    config = read_model_config(source.folder)
+    family = find_family(str(config.get("model_type", "")), str(source.folder))
+    return plan_tensors(source, family, config, partial(choose_type, kind, ratios=_find_ratios(source, config)))
+
+
 def plan_tensors(source: Source, family: Family, config: Config, choose: Choose) -> list[OutputTensor]:
     """The tensors of the file in order: those that transformers computes, then the model's.
 
@@ -149,6 +161,10 @@ def plan_tensors(source: Source, family: Family, config: Config, choose: Choose)
         adapted = partial(_adapt_blocks, tensor, family, config)
         planned.append(OutputTensor(name, tensor.shape, choose(name, tensor.shape), adapted))
     return planned
+
+
+def _find_ratios(source: Source, config: Config) -> Ratios:
+    return read_ratios(config, is_tied=all(tensor.name != "lm_head.weight" for tensor in source.tensors))
 
 
 def _list_notices(keys: Keys, config: Config, family: Family, left_out: Sequence[str]) -> Iterator[str]:

@@ -22,8 +22,7 @@ from ftcli.evaluate.sample import load_target_rows
 from ftcli.evaluate.subject import Subject, open_adapter, open_plain
 from ftcli.evaluate.target import MANIFEST, Target, find_target
 from ftcli.events import Notice, OnEvent, Saved, Stage, ignore_event
-from ftcli.gguf.convert import KINDS, convert, plan_tensors
-from ftcli.gguf.family import find_family
+from ftcli.gguf.convert import convert, plan_file
 from ftcli.gguf.kind import find_kinds, suggest_larger
 from ftcli.gguf.metadata import read_model_config
 from ftcli.gguf.output import Output, find_output
@@ -146,11 +145,17 @@ class _Exporting:
     ) -> tuple[ExportedFile, ...]:
         documents = self._load_rows(data) if verifies else []
         source = self._open_source()
-        plans = _plan_files(source, kinds)
+        plans = {kind: plan_file(source, kind) for kind in kinds}
         self._check_disk(source, plans, documents)
         for kind in kinds:
             self.on_event(Stage("gguf", self.place.name_file(kind)))
-            convert(source, self.scratch / self.place.name_file(kind), kind=kind, on_event=self.on_event)
+            path = self.scratch / self.place.name_file(kind)
+            made = convert(source, path, kind=kind, on_event=self.on_event)
+            if made.n_fallbacks:
+                n = f"{made.n_fallbacks} of {made.n_tensors} tensors"
+                self.on_event(
+                    Notice(f"{n} have rows that {kind} does not fit: they are of another, mostly larger type")
+                )
         reference = self._record(plans, documents) if documents else None
         gc.collect()
         check()
@@ -232,9 +237,3 @@ class _Exporting:
         final = self.place.publish(path, self.target, kind, entry)
         self.on_event(Saved(str(final)))
         return ExportedFile(self.target.name, kind, final, size, bits, found, self.target.quantization is not None)
-
-
-def _plan_files(source: OpenSource, kinds: Sequence[str]) -> Plans:
-    config = read_model_config(source.folder)
-    family = find_family(str(config.get("model_type", "")), str(source.folder))
-    return {kind: plan_tensors(source, family, config, KINDS[kind].choose) for kind in kinds}
