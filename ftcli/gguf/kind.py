@@ -71,7 +71,7 @@ def _find_kind(name: str) -> str:
         raise UsageError(
             "this type is not written by ftcli",
             where=f"--gguf {name}",
-            why="it is of use only with an importance matrix",
+            why="it is made for an importance matrix, which ftcli does not compute",
             hint=f"take {instead}, which needs none",
         )
     near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.5)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,20 @@ from gguf import GGUFReader
 from typer.testing import CliRunner
 
 from ftcli.cli.app import app
+from ftcli.cli.exported import explain_failure, find_worst
 from ftcli.data.message import Message
 from ftcli.errors import ContentError, DiskError, UsageError
+from ftcli.evaluate.compare import Comparison
 from ftcli.evaluate.generate import Sampling
+from ftcli.evaluate.loss import DocumentLosses
 from ftcli.evaluate.subject import open_subject
+from ftcli.evaluate.verdict import Verdict
 from ftcli.events import Event, Notice, Progress, Stage
 from ftcli.gguf import export as module
 from ftcli.gguf.convert import KINDS
-from ftcli.gguf.export import export
+from ftcli.gguf.export import ExportedFile, export
 from ftcli.gguf.kind import find_kinds, find_limit
+from ftcli.gguf.verify import Verification
 from ftcli.merge.run import merge
 from ftcli.store.file import hash_file, name_beside
 from ftcli.store.run import RunFolder
@@ -174,6 +180,33 @@ def test_types_are_found_by_name() -> None:
     assert invoke("nowhere").exit_code == 2
 
 
+def test_quantised_types_are_measured_by_what_they_may_lose(run: RunFolder) -> None:
+    result = invoke("run", "--gguf", "q8_0", "--gguf", "Q4_K_M", "--gguf", "q2_k", "--json")
+    assert result.exit_code == 0, result.output
+    files = json.loads(result.stdout)["files"]
+    assert [Path(file["path"]).name for file in files] == ["run-Q8_0.gguf", "run-Q4_K_M.gguf", "run-Q2_K.gguf"]
+    assert [file["verify"]["most_kl"] for file in files] == [0.03, 0.3, 3.0]
+    kls = [file["verify"]["kl"] for file in files]
+    assert kls == sorted(kls)
+    assert 32 > files[0]["bits_per_weight"] > files[1]["bits_per_weight"]
+
+
+def test_the_hint_of_a_failure_names_what_would_do() -> None:
+    failed = Verification(problem="cut off")
+    bad = Comparison(1, 0.5, 0.5, 0.5, DocumentLosses((1.0,), (1,)), DocumentLosses((2.0,), (1,)))
+    lost = Verification(Verdict(bad, limit=0.3))
+    entry = ExportedFile("run", "q4_k_m", Path("a.gguf"), 1, 4.5, lost, from_4bit=True)
+    error = explain_failure([entry, replace(entry, kind="q2_k", verification=Verification(Verdict(bad, limit=3.0)))])
+    assert error is not None
+    assert "--gguf q6_k" in error.hint
+    assert "--onto dequantized" in error.hint
+    assert "KL 0.5000" in error.what
+    assert explain_failure([replace(entry, verification=None)]) is None
+    worst = find_worst([entry, replace(entry, verification=failed)])
+    assert worst is not None
+    assert worst.verification == failed
+
+
 def test_a_gguf_file_is_not_exported_again(run: RunFolder) -> None:
     (file,) = export("run", kinds=["f16"], verifies=False)
     with pytest.raises(ContentError, match="GGUF file already") as caught:
@@ -212,8 +245,6 @@ def test_a_file_that_lost_the_fine_tune_fails(
     make_adapter: Any, write_rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the update is left out while the file is written; the document tells both the figures and the error."""
-    from dataclasses import replace
-
     from ftcli.gguf import source
     from ftcli.merge.arithmetic import make_blocks
 
