@@ -12,7 +12,7 @@ from ftcli.errors import VerificationFailed
 if TYPE_CHECKING:
     from ftcli.gguf.export import ExportedFile
 
-_HEAD = f"  {'type':<7}{'size':>10} {'bits':>6}  {'KL':>8} {'bound':>6} {'top-1':>7}  perplexity"
+_HEAD = f"  {'type':<7}{'size':>9} {'bits':>6}  {'KL':>8} {'bound':>6} {'top-1':>7}  perplexity"
 
 
 def build_document(files: Sequence[ExportedFile]) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def list_export(files: Sequence[ExportedFile]) -> Iterator[str]:
     yield f"{files[0].source}: {len(files)} GGUF {'file' if len(files) == 1 else 'files'}"
     yield _HEAD
     for file in files:
-        yield f"  {file.kind:<7}{format_bytes(file.size_bytes):>10} {file.bits_per_weight:>6.2f}  {_describe(file)}"
+        yield f"  {file.kind:<7}{format_bytes(file.size_bytes):>9} {file.bits_per_weight:>6.2f}  {_describe(file)}"
     yield ""
     for file in files:
         yield f"  {file.path}"
@@ -52,7 +52,7 @@ def _describe(file: ExportedFile) -> str:
         return "not compared, its structure is sound"
     kl, verdict = found.verdict.comparison, found.verdict
     figures = f"{kl.kl:>8.5f} {verdict.most_kl:>6.3f} {kl.top1:>7.2%}  {kl.ppl_source:.4g} → {kl.ppl_result:.4g}"
-    return figures if verdict.has_passed else f"{figures}  failed"
+    return figures if verdict.has_passed else f"{figures} failed"
 
 
 def find_worst(files: Sequence[ExportedFile]) -> ExportedFile | None:

@@ -20,7 +20,7 @@ from ftcli.store.run import MANIFEST_SCHEMA, now_text
 from ftcli.store.target import path_exists
 from ftcli.train.record import list_versions
 
-_MOST_NAME = 100  # characters, of which each may take two bytes of the 255 that a name has
+_MOST_NAME_BYTES = 160  # of the 255 that a file's name has; the names beside it are longer
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Output:
         for path in filter(None, (target.adapter, target.files.folder)):
             if path.resolve().is_relative_to(os.path.realpath(self.folder)):
                 raise UsageError(f"what is exported lies in it: {path}", where=where, hint="choose another --output")
-        if path_exists(self.folder, where) and not self.folder.is_dir():
+        if (path_exists(self.folder, where) or self.folder.is_symlink()) and not self.folder.is_dir():
             raise UsageError("is no folder", where=where, hint="choose another --output")
         manifest = read_json(self.folder / MANIFEST) or {}
         if manifest and (manifest.get("command"), manifest.get("name")) != ("export", self.name):
@@ -107,4 +107,5 @@ def name_target(target: Target) -> str:
         name = target.files.reference.rpartition("/")[2]
     else:
         name = target.files.folder.resolve().name
-    return re.sub(r"[^\w.+-]+", "-", name)[:_MOST_NAME].strip(".-") or "model"
+    plain = re.sub(r"[^\w.+-]+", "-", name).encode()[:_MOST_NAME_BYTES].decode(errors="ignore")
+    return plain.strip(".-") or "model"

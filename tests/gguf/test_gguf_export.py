@@ -22,16 +22,20 @@ from ftcli.evaluate.compare import Comparison
 from ftcli.evaluate.generate import Sampling
 from ftcli.evaluate.loss import DocumentLosses
 from ftcli.evaluate.subject import open_subject
+from ftcli.evaluate.target import Target
 from ftcli.evaluate.verdict import Verdict
 from ftcli.events import Event, Notice, Progress, Stage
 from ftcli.gguf import export as module
 from ftcli.gguf.convert import KINDS
 from ftcli.gguf.export import ExportedFile, export
 from ftcli.gguf.kind import find_kinds, find_limit
+from ftcli.gguf.output import name_target
 from ftcli.gguf.verify import Verification
 from ftcli.merge.run import merge
+from ftcli.recipe import ModelSection
 from ftcli.store.file import hash_file, name_beside
 from ftcli.store.run import RunFolder
+from ftcli.store.target import ModelFiles
 from ftcli.train.run import train
 
 
@@ -156,11 +160,26 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(run: RunFolder) -> None
     for folder in (run.path, run.adapter):
         with pytest.raises(UsageError, match="what is exported lies in it"):
             export("run", kinds=["f16"], output=folder)
+    Path("link").symlink_to("nowhere")
+    with pytest.raises(UsageError, match="is no folder"):
+        export("run", kinds=["f16"], output=Path("link"))
     other = run.path.with_name("other")
     other.mkdir()
     (other / "manifest.json").write_text(json.dumps({"command": "merge"}))
     with pytest.raises(UsageError, match="holds something else"):
         export("run", kinds=["f16"], output=other, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("My Model (1)", "My-Model-1"), (".hidden", "hidden"), ("…", "model"), ("字" * 80, "字" * 53), ("-o", "o")],
+)
+def test_a_file_is_named_plainly(tmp_path: Path, folder: str, name: str) -> None:
+    (tmp_path / folder).mkdir()
+    files = ModelFiles(folder, tmp_path / folder)
+    assert name_target(Target(folder, files, ModelSection(name_or_path=folder))) == name
+    hub = ModelFiles("someone/Model-1B", tmp_path, revision="0f3a")
+    assert name_target(Target("someone/Model-1B", hub, ModelSection(name_or_path=folder))) == "Model-1B"
 
 
 @pytest.mark.parametrize(
