@@ -80,10 +80,13 @@ def explain_failure(files: Sequence[ExportedFile]) -> VerificationFailed | None:
 
 
 def _suggest(file: ExportedFile) -> str:
-    hints = [f"take a larger type: --gguf {file.larger}"] if file.larger else []
+    hints = []
     if file.from_4bit:
-        hints.append("the run saw its base in 4 bits: ftcli merge --onto dequantized, then export the merged folder")
-    return "; or: ".join(hints) or "look at the model: ftcli inspect"
+        merge = f"ftcli merge {shlex.quote(file.source)} --onto dequantized"
+        hints.append(f"{merge}, whose folder is exported as the base was in training, in 4 bits")
+    if file.larger:
+        hints.append(f"a larger type: --gguf {file.larger}")
+    return "; or ".join(hints) or "look at the model: ftcli inspect"
 
 
 def _rate(file: ExportedFile) -> tuple[bool, bool, float]:
