@@ -245,7 +245,7 @@ def write_pieces(folder: Path, document: dict[str, Any]) -> None:
             kind = 3 if added[number]["special"] else 4
         else:
             first = number if first is None else first
-            score = -float(number - first)
+            score = -1e9 if not text.strip("▁") and len(text) > 1 else -float(number - first)  # as in Llama's own
         raw = text.encode()
         piece = b"\x0a" + _varint(len(raw)) + raw + b"\x15" + struct.pack("<f", score) + b"\x18" + _varint(kind)
         data += b"\x0a" + _varint(len(piece)) + piece

@@ -2,7 +2,8 @@
 
 An entry says what llama.cpp calls the family, which of the config's numbers it wants to know and in which order, and
 what must be done to the weights. Order and names are those of ``convert_hf_to_gguf.py`` in ggml-org/llama.cpp, so
-that the files are the same to the byte.
+that the files are the same to the byte; but for Gemma's norms in float16, to which the converter adds its 1 in float16
+and transformers in float32.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Writes hashes.json anew: what llama.cpp's own converter makes of the models in gguf_models.py.
 
-    python tests/gguf/make_hashes.py PATH/llama.cpp
+    python tests/gguf/make_hashes.py PATH/llama.cpp [MODEL ...]
 
 PATH/llama.cpp holds convert_hf_to_gguf.py and gguf-py, as the source distribution of llama-cpp-python vendors them; the
 package sentencepiece must be installed. Hashes that are there were made with llama-cpp-python 0.3.36.
@@ -26,19 +26,21 @@ FORCED = {"mistral-nemo": "tekken", "smollm2": "smollm"}
 START = """
 import runpy, sys
 import conversion.base
-conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: sys.argv[1]
+name = sys.argv[1]
+conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: name
 del sys.argv[:2]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def main(converter: Path) -> None:
-    """Nothing; ``hashes.json`` lies beside this file."""
-    hashes: dict[str, dict[str, str]] = {}
+def main(converter: Path, *cases: str) -> None:
+    """Nothing; ``hashes.json`` beside this file holds new hashes of ``cases``, or of all."""
+    path = Path(__file__).with_name("hashes.json")
+    hashes: dict[str, dict[str, str]] = json.loads(path.read_text())
     places = [str(converter), str(converter / "gguf-py"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     script = str(converter / "convert_hf_to_gguf.py")
-    for case in CASES:
+    for case in cases or CASES:
         with tempfile.TemporaryDirectory() as scratch:
             folder = write_model(Path(scratch) / case, case)
             start = ["-c", START, FORCED[case], script] if case in FORCED else [script]
@@ -50,8 +52,8 @@ def main(converter: Path) -> None:
                 subprocess.run([sys.executable, *start, *options], check=True, capture_output=True, env=environment)
                 hashes[case][kind] = hashlib.sha256(output.read_bytes()).hexdigest()
                 output.unlink()
-    Path(__file__).with_name("hashes.json").write_text(json.dumps(hashes, indent=2) + "\n")
+    path.write_text(json.dumps(hashes, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

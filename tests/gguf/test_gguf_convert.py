@@ -150,6 +150,14 @@ def test_scores_are_those_of_the_sentencepiece_model(tmp_path: Path) -> None:
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
+def test_sentencepiece_model_of_another_vocabulary_is_not_heeded(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "mistral-v0.3")
+    wanted = convert(folder, tmp_path / "a.gguf", kind="f16").path.read_bytes()
+    path = folder / "tokenizer.model"
+    path.write_bytes(path.read_bytes().replace("▁the".encode(), "▁eht".encode()))
+    assert convert(folder, tmp_path / "a.gguf", kind="f16").path.read_bytes() == wanted
+
+
 def test_added_words_stay_visible_and_do_not_hide_the_pre_tokenizer(tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(["<|gene|>", "kinase"])
