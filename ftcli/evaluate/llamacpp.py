@@ -19,7 +19,7 @@ from ftcli.store.target import ModelFiles
 # what vocabularies split in different ways: digits, blanks, contractions, capitals, and what lies outside ASCII
 _PROBES = (
     "Hello, world! It's 12345 o'clock, isn't it?",
-    "  two  spaces\n\n\tand\ttabs\n  def f(x):\n    return x**2  # 3.14159",
+    "two  spaces\n\n\tand\ttabs\n  def f(x):\n    return x**2  # 3.14159",
     "déjà vu, naïve café 😀 中文 字符 ANTIDISESTABLISHMENT",
 )
 
