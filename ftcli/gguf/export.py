@@ -21,6 +21,7 @@ from ftcli.evaluate.loss import count_targets
 from ftcli.evaluate.sample import load_target_rows
 from ftcli.evaluate.subject import Subject, open_adapter, open_plain
 from ftcli.evaluate.target import MANIFEST, Target, find_target
+from ftcli.evaluate.verdict import MOST_KL
 from ftcli.events import Notice, OnEvent, Saved, Stage, ignore_event
 from ftcli.gguf.convert import convert, plan_file
 from ftcli.gguf.kind import find_kinds, suggest_larger
@@ -230,7 +231,10 @@ class _Exporting:
         path = self.scratch / self.place.name_file(kind)
         found = None
         if verifies:
-            found = verify_file(path, kind, tensors, self._find_renderer(), reference, self.on_event)
+            # a run in 4 bits is written onto its original weights, as far away as a merge may be
+            allowance = MOST_KL if self.target.quantization else 0.0
+            renderer = self._find_renderer()
+            found = verify_file(path, kind, tensors, renderer, reference, self.on_event, allowance=allowance)
         bits = 8 * sum(t.size_bytes for t in tensors) / sum(math.prod(t.shape) for t in tensors)
         entry = {"bits_per_weight": bits, "verify": found.to_json() if found else None}
         size = path.stat().st_size

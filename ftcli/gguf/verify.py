@@ -81,6 +81,8 @@ def verify_file(
     renderer: ChatRenderer | None,
     reference: Reference | None,
     on_event: OnEvent,
+    *,
+    allowance: float = 0.0,
 ) -> Verification:
     """What the file at ``path`` is worth.
 
@@ -91,6 +93,7 @@ def verify_file(
         renderer: as the model was trained; None where it has no template.
         reference: of its source; None compares nothing.
         on_event: told of stages and progress, and why nothing was compared.
+        allowance: what it may be away besides, in nats, because its base is not the one that was trained on.
     """
     on_event(Stage("verify", path.name))
     if problem := find_problem(path, tensors, renderer):
@@ -106,7 +109,7 @@ def verify_file(
             return Verification(problem=told)
         on_event(Notice(f"{path.name} is not compared with its source: {told}"))
         return Verification()
-    return Verification(Verdict(found, limit=find_limit(kind)))
+    return Verification(Verdict(found, limit=find_limit(kind) + allowance))
 
 
 def find_problem(path: Path, tensors: Sequence[OutputTensor], renderer: ChatRenderer | None) -> str:
