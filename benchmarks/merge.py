@@ -109,7 +109,9 @@ def run(way: str, values: dict[str, Any]) -> dict[str, float]:
     code = "import resource, time; from pathlib import Path; start = time.time()\n" + WAYS[way].format(**values)
     code += (
         "\nused = resource.getrusage(resource.RUSAGE_SELF)"
-        "\nprint('\\nfound', used.ru_utime + used.ru_stime, time.time() - start, used.ru_maxrss * 1024)"
+        "\nlines = Path('/proc/self/status').read_text().splitlines()"  # ru_maxrss may be this process's before exec
+        "\npeak = 1024 * int(next(line.split()[1] for line in lines if line.startswith('VmHWM')))"
+        "\nprint('\\nfound', used.ru_utime + used.ru_stime, time.time() - start, peak)"
     )
     environment = os.environ | {"GOMP_SPINCOUNT": "1000", "TQDM_DISABLE": "1"}
     command = [sys.executable, "-W", "ignore", "-c", code]

@@ -32,7 +32,7 @@ from ftcli.store.weight import read_weight_table
 
 BATCH_TOKENS = 2048
 MOST_TOKENS = 2048  # trained tokens of each set that are compared
-_PROBE_SEED, _PROBE_ROWS = 0, 1024
+_PROBE_SEED, _PROBE_BYTES = 0, 8 << 20  # of a block in float64
 _FLOAT32 = 2.0**-22  # what sums in float32 add to the rounding
 
 
@@ -170,8 +170,9 @@ def _probe(part: Part, weights: Weights, read: Callable[[int, int], torch.Tensor
     low = a.double() @ x * lora.scale
     unit = torch.finfo(part.dtype).eps / 2
     off = size = 0.0
-    for start in range(0, n_rows, _PROBE_ROWS):
-        stop = min(n_rows, start + _PROBE_ROWS)
+    step = max(1, _PROBE_BYTES // (8 * n_columns))
+    for start in range(0, n_rows, step):
+        stop = min(n_rows, start + step)
         base = read_base(part, weights, start, stop).double()
         wanted = base @ x + b[start:stop].double() @ low
         if lora.magnitude is not None:
