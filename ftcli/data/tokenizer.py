@@ -6,7 +6,6 @@ Not here: how a conversation becomes ids (``chat``).
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from ftcli.data.template import ChatTemplate, read_template
 from ftcli.errors import ContentError, UsageError
+from ftcli.store.file import read_json, write_json
 from ftcli.store.gguf_header import read_gguf_header
 from ftcli.store.target import ModelFiles
 
@@ -106,12 +106,12 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """
     tokenizer.save_pretrained(str(folder))
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path) or {}
     for key in ("is_local", "local_files_only"):
         config.pop(key, None)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, config)
 
 
 def hash_tokenizer(tokenizer: Any) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from ftcli.errors import ContentError, NumericError
 from ftcli.gguf.kquant import SCALES, quantize_rows
-from ftcli.merge.arithmetic import is_finite
+from ftcli.model.stored import is_finite
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

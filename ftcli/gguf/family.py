@@ -18,6 +18,7 @@ import torch
 
 from ftcli.errors import ContentError
 from ftcli.gguf.write import Value
+from ftcli.model.layout import GGUF_MODULES, GGUF_NORMS
 
 Config = Mapping[str, Any]
 Keys = Iterator[tuple[str, Value]]
@@ -26,21 +27,7 @@ CONVERTER = "llama.cpp's convert_hf_to_gguf.py"
 FILE_TYPE = "general.file_type"  # stands among a family's keys, and gets its value from the kind of file
 
 _MODULES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_BLOCK_MODULES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.qkv_proj": "attn_qkv",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.gate_up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+_BLOCK_MODULES = {ours: theirs for theirs, ours in (GGUF_MODULES | GGUF_NORMS).items()} | {"mlp.gate_up_proj": "ffn_up"}
 _SANDWICH = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",

@@ -61,7 +61,7 @@ def describe_base(contender: Contender) -> Contender:
 
 def _describe(target: Target, renderer: ChatRenderer, *, is_base: bool = False) -> Contender:
     files = target.files
-    list_weight_files(files)
+    list_weight_files(files)  # refuses a folder without any
     table = read_weight_table(files.gguf_path or files.folder)
     if table.faults:
         raise ContentError(table.faults[0], where=files.reference, hint="download or copy the model again")

@@ -10,7 +10,7 @@ base_model.model.NAME.weight or .bias  ─▶ whole[NAME.weight]     modules_to_
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 
 from ftcli.errors import ContentError
 from ftcli.model.lora import find_scale
-from ftcli.model.stored import TORCH_DTYPES, load_bin, read_rows
+from ftcli.model.stored import TORCH_DTYPES, ReadRows, is_finite, load_bin, read_rows
 from ftcli.store.file import read_json
 from ftcli.store.tensor import TensorEntry
 from ftcli.store.weight import read_weight_table
@@ -43,8 +43,6 @@ _UNMERGEABLE = {
     "lora_bias": "a bias of its own on each LoRA layer",
 }
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq")
-
-
 _BLOCK_ROWS = 1 << 14
 
 
@@ -54,7 +52,7 @@ class Value:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read_rows: Callable[[int, int], torch.Tensor]
+    read_rows: ReadRows
 
     def read(self) -> torch.Tensor:
         """All of it."""
@@ -95,7 +93,6 @@ class Adapter:
     """
 
     folder: Path
-    config: Mapping[str, Any]
     lora: Mapping[str, Lora]
     rows: Mapping[str, tuple[list[int], torch.Tensor]]
     whole: Mapping[str, Value]
@@ -136,7 +133,7 @@ def read_adapter(folder: Path) -> Adapter:
             hint="merge it with the tool that made it",
         )
     lora = {f"{name}.weight": _build_lora(name, found, config, folder) for name, found in parts.items()}
-    return Adapter(folder, config, lora, rows, whole, {key: value.shape for key, value in values.items()})
+    return Adapter(folder, lora, rows, whole, {key: value.shape for key, value in values.items()})
 
 
 def _check_kind(config: Mapping[str, Any], folder: Path) -> None:
@@ -172,7 +169,7 @@ def _open_values(folder: Path) -> dict[str, Value]:
     for key, value in values.items():
         n_rows = value.shape[0] if value.shape else 1
         for start in range(0, n_rows, _BLOCK_ROWS):
-            if not torch.isfinite(value.read_rows(start, min(n_rows, start + _BLOCK_ROWS))).all():
+            if not is_finite(value.read_rows(start, min(n_rows, start + _BLOCK_ROWS))):
                 hint = "train again, or take an older adapter"
                 raise ContentError(f"{key} holds NaN or infinity", where=str(path), hint=hint)
     return values

@@ -19,7 +19,7 @@ from ftcli.data.tokenizer import load_tokenizer, save_tokenizer
 from ftcli.events import OnEvent, Pace
 from ftcli.merge.arithmetic import Measure, Survival, make_blocks
 from ftcli.merge.plan import MergePlan, Part, Weights
-from ftcli.model.base import clean_config
+from ftcli.model.base import clean_config, join_stops
 from ftcli.store.file import read_json, write_json
 from ftcli.store.shard import PlannedTensor, plan_shards, write_shards
 from ftcli.store.target import ModelFiles
@@ -99,10 +99,7 @@ def write_generation_config(folder: Path, files: ModelFiles, adapter: Path, skel
         config = read_json(files.folder / "generation_config.json")
     if config is None:
         config = json.loads(skeleton.generation_config.to_json_string())
-    eos = config.get("eos_token_id")
-    known = [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
-    known += [token for token in stops if token not in known]
-    config["eos_token_id"] = known[0] if len(known) == 1 else known or None
+    config["eos_token_id"] = join_stops(config.get("eos_token_id"), stops)
     # with this mark transformers would take the eos of config.json instead
     config.pop("_from_model_config", None)
     write_json(folder / "generation_config.json", config)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -20,12 +19,11 @@ from torch import nn
 
 from ftcli.errors import ContentError
 from ftcli.merge.adapter import Adapter, Lora, Value
-from ftcli.model.stored import DTYPE_NAMES, find_name, is_tied
+from ftcli.model.stored import DTYPE_NAMES, TORCH_DTYPES, are_equal, find_name, is_tied
 from ftcli.store.shard import PlannedTensor
 from ftcli.store.tensor import TensorEntry
 
 _SHOWN = 5
-_COMPARED_ROWS = 1 << 12
 Rows = tuple[list[int], torch.Tensor]
 
 
@@ -48,7 +46,6 @@ class Part:
     """One tensor of the result: the base's ``source``, or ``whole`` in its place, with ``lora`` and ``rows`` on it."""
 
     tensor: PlannedTensor
-    dtype: torch.dtype
     source: str
     whole: Value | None = None
     lora: Lora | None = None
@@ -57,6 +54,11 @@ class Part:
     @property
     def name(self) -> str:
         return self.tensor.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that it is rounded to."""
+        return TORCH_DTYPES[self.tensor.dtype]
 
     @property
     def is_copy(self) -> bool:
@@ -72,7 +74,6 @@ class MergePlan:
     """
 
     parts: tuple[Part, ...]
-    is_tied: bool
     splits_tie: bool
     vocab_size: int
 
@@ -112,9 +113,9 @@ def plan_merge(
     n_base = weights.entries[embedding].shape[0]
     n_rows = _count_rows(adapter, (embedding, head), n_base)
     check_fit(adapter, skeleton, n_rows)
-    stays_tied = was_tied and _move_alike(adapter, embedding, head)
+    splits_tie = was_tied and not _move_alike(adapter, embedding, head)
     names = {name: name for name in weights.entries}
-    if was_tied and not stays_tied:
+    if splits_tie:
         names[head] = embedding
     parts = []
     for name, source in sorted(names.items(), key=lambda pair: _find_place(weights.entries[pair[1]], pair[0])):
@@ -126,10 +127,10 @@ def plan_merge(
         tensor = PlannedTensor(name, DTYPE_NAMES[chosen], shape)
         rows = adapter.rows.get(name) or (adapter.rows.get(embedding) if was_tied and name == head else None)
         whole = adapter.whole.get(name) or (_find_shared(adapter, name, (embedding, head)) if was_tied else None)
-        parts.append(Part(tensor, chosen, source, whole, adapter.lora.get(name), rows))
+        parts.append(Part(tensor, source, whole, adapter.lora.get(name), rows))
         if name in (embedding, head):
             _check_rows(parts[-1], weights.entries[source].shape[0], adapter)
-    return MergePlan(tuple(parts), stays_tied, was_tied and not stays_tied, n_rows)
+    return MergePlan(tuple(parts), splits_tie, n_rows)
 
 
 def check_fit(adapter: Adapter, skeleton: Any, n_rows: int) -> None:
@@ -263,16 +264,12 @@ def _move_alike(adapter: Adapter, embedding: str, head: str) -> bool:
         if not same or first.scale != second.scale or first.magnitude is not None or second.magnitude is not None:
             return False
     if embedding in adapter.whole:
-        return _are_equal(adapter.whole[embedding], adapter.whole[head])
+        first_table, second_table = adapter.whole[embedding], adapter.whole[head]
+        n_rows = first_table.shape[0]
+        return first_table.shape == second_table.shape and are_equal(
+            first_table.read_rows, second_table.read_rows, n_rows
+        )
     return True
-
-
-def _are_equal(first: Value, second: Value) -> bool:
-    """Whether two tables hold the same numbers, of which a block at a time is read."""
-    if first.shape != second.shape:
-        return False
-    cuts = [*range(0, first.shape[0], _COMPARED_ROWS), first.shape[0]]
-    return all(torch.equal(first.read_rows(*cut), second.read_rows(*cut)) for cut in pairwise(cuts))
 
 
 def _find_place(entry: TensorEntry, name: str) -> tuple[str, int, str]:

@@ -21,6 +21,7 @@ from ftcli.model.layout import (
     Family,
     PlacedTensor,
     Shape,
+    complete_name,
     find_family,
     locate_tensor,
     plan_tensors,
@@ -167,23 +168,9 @@ def _place_entries(
         if entry.shares:
             continue
         place = locate_tensor(entry.name)
-        name = translate_gguf_name(entry.name, is_fused=is_fused) if is_gguf else _complete_name(entry.name, planned)
+        name = translate_gguf_name(entry.name, is_fused=is_fused) if is_gguf else complete_name(entry.name, planned)
         placed.append(PlacedTensor(name, entry.shape, place, entry))
     return placed
-
-
-def _complete_name(name: str, planned: Mapping[str, Shape]) -> str:
-    """The name as the whole model has it: a base model alone, or one in a multimodal model, is named otherwise."""
-    if name in planned:
-        return name
-    for prefix in ("transformer.", "model."):
-        if prefix + name in planned:
-            return prefix + name
-    for prefix in ("language_model.", "model.language_model."):
-        if name.startswith(prefix):
-            rest = name.removeprefix(prefix)
-            return rest if rest in planned else f"model.{rest}" if f"model.{rest}" in planned else name
-    return name
 
 
 def _count_parameters(tensors: Sequence[PlacedTensor], d: Dimensions) -> Parameters:

@@ -6,6 +6,7 @@ missing, left over or of another shape, and only ``Linear4bit`` modules are ever
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -42,6 +43,13 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def name_dtype(model: ModelSection) -> str:
     """What the model of this section computes in here, as configs spell it."""
     return str(choose_dtype(model.dtype, choose_device())).removeprefix("torch.")
+
+
+def join_stops(eos: int | list[int] | None, ends: Iterable[int]) -> int | list[int] | None:
+    """A generation config's ``eos_token_id`` with every one of ``ends`` in it: an id, several, or None for none."""
+    known = [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
+    joined = list(dict.fromkeys([*known, *ends]))
+    return joined[0] if len(joined) == 1 else joined or None
 
 
 def has_cpu_bf16() -> bool:

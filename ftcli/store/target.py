@@ -281,7 +281,7 @@ def fingerprint_model(files: ModelFiles) -> str:
     if not files.gguf_file:
         config = {k: v for k, v in read_config(files).items() if k not in _VOLATILE_CONFIG_KEYS}
         digest.update(json.dumps(config, sort_keys=True).encode())
-    list_weight_files(files)
+    list_weight_files(files)  # refuses a folder without any
     table = read_weight_table(files.gguf_path or files.folder)
     for entry in sorted(table.tensors, key=lambda entry: entry.name):
         digest.update(f"{entry.name}:{entry.dtype}:{entry.shape}\n".encode())

@@ -13,7 +13,7 @@ from typing import Any
 from ftcli.data.chat import ChatRenderer
 from ftcli.data.tokenizer import save_tokenizer
 from ftcli.evaluate.target import ORIGIN
-from ftcli.model.base import name_dtype
+from ftcli.model.base import join_stops, name_dtype
 from ftcli.model.build import Built, save_adapter
 from ftcli.store.file import staged_folder, write_json
 from ftcli.store.run import MANIFEST_SCHEMA, RunFolder
@@ -27,7 +27,7 @@ def save_artifact(run: RunFolder, prepared: Prepared, built: Built) -> Path:
     generation_config, tokenizer = _copy_valid(base.generation_config), prepared.renderer.tokenizer
     generation_config._from_model_config = False  # else transformers would take the eos of config.json instead
     if prepared.split.has_chats:
-        generation_config = _mend_generation_config(generation_config, prepared.renderer)
+        generation_config.eos_token_id = join_stops(generation_config.eos_token_id, prepared.renderer.end_of_turn_ids)
         tokenizer = _mend_tokenizer(prepared.renderer)
     final = run.model if is_full else run.adapter
     with staged_folder(final) as folder:
@@ -66,15 +66,6 @@ def _copy_valid(generation_config: Any) -> Any:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         return GenerationConfig(**{key: getattr(generation_config, key) for key in ids})
     return deepcopy(generation_config)
-
-
-def _mend_generation_config(generation_config: Any, renderer: ChatRenderer) -> Any:
-    """The generation config with every token that ends a trained turn among its eos."""
-    eos = generation_config.eos_token_id
-    known = [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
-    known += [token for token in renderer.end_of_turn_ids if token not in known]
-    generation_config.eos_token_id = known[0] if len(known) == 1 else known
-    return generation_config
 
 
 def _mend_tokenizer(renderer: ChatRenderer) -> Any:
