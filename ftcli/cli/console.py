@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ftcli.cli import exported
 from ftcli.cli.merged import explain_failure, list_merge
 from ftcli.cli.outcome import format_bytes, format_seconds, list_outcome
-from ftcli.errors import FtcliError
+from ftcli.errors import FtcliError, VerificationFailed
 from ftcli.events import EvalDone, Event, Notice, OnEvent, Progress, Sampled, Saved, Stage, StepDone
 
 if TYPE_CHECKING:
@@ -213,15 +213,7 @@ def show_merged(merged: Merged, *, as_json: bool) -> None:
     Raises:
         VerificationFailed: the result is not the model that it was made from.
     """
-    error = explain_failure(merged)
-    if as_json and error:
-        error.document = {"command": "merge", **merged.to_json()}
-    elif as_json:
-        show_document("merge", merged.to_json())
-    else:
-        show_lines(make_printable(line) for line in list_merge(merged))
-    if error:
-        raise error
+    _show_artifact("merge", merged.to_json(), list_merge(merged), explain_failure(merged), as_json=as_json)
 
 
 def show_exported(files: Sequence[ExportedFile], *, as_json: bool) -> None:
@@ -230,13 +222,25 @@ def show_exported(files: Sequence[ExportedFile], *, as_json: bool) -> None:
     Raises:
         VerificationFailed: a file is not the model that it was made from.
     """
-    error = exported.explain_failure(files)
+    document, lines = exported.build_document(files), exported.list_export(files)
+    _show_artifact("export", document, lines, exported.explain_failure(files), as_json=as_json)
+
+
+def _show_artifact(
+    command: str,
+    document: dict[str, Any],
+    lines: Iterable[str],
+    error: VerificationFailed | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Nothing; an artifact is told of, and its failure is raised, with the document where that is all of stdout."""
     if as_json and error:
-        error.document = {"command": "export", **exported.build_document(files)}
+        error.document = {"command": command, **document}
     elif as_json:
-        show_document("export", exported.build_document(files))
+        show_document(command, document)
     else:
-        show_lines(make_printable(line) for line in exported.list_export(files))
+        show_lines(map(make_printable, lines))
     if error:
         raise error
 

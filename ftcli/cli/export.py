@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ftcli.cli import console
-from ftcli.cli.option import Json, Quiet, Verbose
+from ftcli.cli.option import Data, Json, NoVerify, Quiet, Verbose
 
 
 def export(
@@ -26,10 +26,8 @@ def export(
         Path | None,
         typer.Option("-o", "--output", metavar="DIR", help="Default: gguf/ of the run, or ./NAME-gguf."),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="FILE", help="Compare on these rows instead of the run's.")
-    ] = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the files with their source.")] = False,
+    data: Data = None,
+    no_verify: NoVerify = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
     json: Json = False,
     quiet: Quiet = False,

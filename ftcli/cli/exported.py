@@ -94,5 +94,4 @@ def _rate(file: ExportedFile) -> tuple[bool, bool, float]:
     found = file.verification
     if found is None or found.verdict is None:
         return found is not None and bool(found.problem), False, 0.0
-    kl = found.verdict.comparison.kl
-    return False, not found.has_passed, kl if kl == kl else float("inf")
+    return False, not found.has_passed, found.verdict.distance

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ftcli.cli import console
-from ftcli.cli.option import Json, Quiet, Verbose
+from ftcli.cli.option import Data, Json, NoVerify, Quiet, Verbose
 
 
 class Dtype(StrEnum):
@@ -47,10 +47,8 @@ def merge(
     onto: Annotated[
         Onto, typer.Option("--onto", help="The original weights, or what a run in 4 bits saw of them.")
     ] = Onto.ORIGINAL,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="FILE", help="Compare on these rows instead of the run's.")
-    ] = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the result with its source.")] = False,
+    data: Data = None,
+    no_verify: NoVerify = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge.")] = False,
     json: Json = False,
     quiet: Quiet = False,

@@ -49,7 +49,7 @@ def _advise(merged: Merged) -> Iterator[str]:
     """Yields a line where the other base would have been far closer to what was trained."""
     found = merged.verification
     assert found is not None
-    here, there = (max(map(_rate, verdicts.values())) for verdicts in (found.sets, found.other))
+    here, there = (max(verdict.distance for verdict in verdicts.values()) for verdicts in (found.sets, found.other))
     if here > _FAR and here > 2 * there:
         yield f"  that is closer to what was trained: --onto {_OTHER[merged.onto]} --overwrite"
 
@@ -74,14 +74,8 @@ def explain_failure(merged: Merged) -> VerificationFailed | None:
     if not found.sets:
         what = f"the merge differs from base and adapter in {found.worst_tensor}"
     else:
-        name, worst = max(found.sets.items(), key=lambda pair: _rate(pair[1]))
+        name, worst = max(found.sets.items(), key=lambda pair: pair[1].distance)
         kl = f"{worst.comparison.kl:.4f}"
         what = f"the merged model is not the one that was trained: KL {kl} on {name.replace('_', ' ')} rows"
         why = f"at most {worst.most_kl:.4f} nats per trained token are allowed; {why}"
     return VerificationFailed(what, where=merged.output, why=why, hint=hint)
-
-
-def _rate(verdict: Verdict) -> float:
-    """How bad it is; a KL that is no number is the worst."""
-    kl = verdict.comparison.kl
-    return kl if kl == kl else float("inf")

@@ -10,11 +10,10 @@ import torch
 
 from ftcli.data.batch import IGNORE_LABEL, list_labels
 from ftcli.data.chat import ChatRenderer, Rendered
-from ftcli.data.tokenizer import load_tokenizer
 from ftcli.errors import ContentError
 from ftcli.evaluate.generate import Sampling, build_streamer, decode_answer, list_stop_ids
 from ftcli.evaluate.llama_library import LlamaModel
-from ftcli.store.target import ModelFiles
+from ftcli.evaluate.target import Target
 
 # what vocabularies split in different ways: digits, blanks, contractions, capitals, and what lies outside ASCII
 _PROBES = (
@@ -122,8 +121,8 @@ def build_chooser(sampling: Sampling) -> Callable[[Sequence[int], torch.Tensor],
     return choose
 
 
-def choose_renderer(model: LlamaModel, files: ModelFiles, offered: ChatRenderer | None = None) -> ChatRenderer:
-    """The renderer of the tokenizer in ``files`` (a GGUF file), or ``offered`` if that cannot be rebuilt.
+def choose_renderer(model: LlamaModel, target: Target, offered: ChatRenderer | None = None) -> ChatRenderer:
+    """The renderer of the tokenizer of ``target`` (a GGUF file), or ``offered`` if that cannot be rebuilt.
 
     Either must give the ids that llama.cpp gives.
 
@@ -132,7 +131,7 @@ def choose_renderer(model: LlamaModel, files: ModelFiles, offered: ChatRenderer 
     """
     why = ""
     try:
-        own = ChatRenderer(load_tokenizer(files))
+        own = target.load_renderer()
         # transformers invents special tokens where it does not find those of the family
         if len(own.tokenizer) <= model.n_vocabulary and speaks_alike(model, own):
             return own
@@ -142,7 +141,7 @@ def choose_renderer(model: LlamaModel, files: ModelFiles, offered: ChatRenderer 
         return offered
     raise ContentError(
         "the tokenizer of this GGUF file cannot be rebuilt" + (", and the one at hand is another" if offered else ""),
-        where=files.reference,
+        where=target.name,
         why=why or "what transformers makes of it gives other ids than llama.cpp does",
         hint="name the model's own folder before it, whose tokenizer then serves both",
     )

@@ -13,6 +13,7 @@ from ftcli.data.loader import DataSplit, DocumentSet, Part, Reading, build_set, 
 from ftcli.errors import ContentError, UsageError
 from ftcli.evaluate.loss import count_targets, list_lengths
 from ftcli.evaluate.target import Target
+from ftcli.events import Notice, OnEvent
 from ftcli.recipe import DataSection, DatasetSection, Recipe
 
 _NO_LIMIT = 1 << 40
@@ -58,6 +59,26 @@ def load_target_rows(target: Target, data: str | None, most_tokens: int) -> dict
     if target.recipe is None:
         return {}
     return load_run_rows(target.recipe, target.renderer, most_tokens=most_tokens, context=context)
+
+
+def load_known_rows(
+    target: Target, data: str | None, most_tokens: int, on_event: OnEvent, *, instead: str
+) -> dict[str, list[Rendered]]:
+    """As `load_target_rows`; without ``data`` what cannot be read is told, and ``instead`` what is done without rows.
+
+    Raises:
+        FtcliError: ``data`` cannot be read.
+    """
+    try:
+        sets = load_target_rows(target, data, most_tokens)
+    except (UsageError, ContentError) as error:
+        if data is not None:
+            raise
+        on_event(Notice(f"the run's rows cannot be read ({error.where or error.what}): {error.what}"))
+        sets = {}
+    if not sets:
+        on_event(Notice(f"there are no rows to compare on: {instead} (or name --data FILE)"))
+    return sets
 
 
 def load_run_rows(

@@ -188,7 +188,7 @@ def _open_gguf(target: Target, path: Path, renderer: ChatRenderer | None, on_eve
         return open_plain(target, target.load_renderer())
     check_runnable(header, target.name)
     model = LlamaModel(path, n_threads=torch.get_num_threads())
-    renderer = choose_renderer(model, target.files, renderer)
+    renderer = choose_renderer(model, target, renderer)
     return Subject(target.name, renderer, LlamaCppBackend(model, renderer))
 
 

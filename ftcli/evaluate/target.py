@@ -48,6 +48,25 @@ class Target:
         recorded = self.manifest.get("quantization") if self.adapter else None
         return QuantizationSection(**recorded) if recorded else None
 
+    @property
+    def title(self) -> str:
+        """What it is called by itself, without the way to it."""
+        if self.run:
+            return self.run.path.resolve().name
+        if self.adapter:
+            return self.adapter.resolve().name
+        if self.files.revision:  # the Hub's folder is a number
+            return self.files.reference.rpartition("/")[2]
+        return self.files.folder.resolve().name
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """As it was trained, where the adapter brings it; else the model's own."""
+        files = self.files
+        if self.adapter and (self.adapter / "tokenizer.json").exists():
+            files = ModelFiles(str(self.adapter), self.adapter)
+        return load_tokenizer(files)
+
     @cached_property
     def renderer(self) -> ChatRenderer:
         """Tokenizer and template as they were trained, on that day."""
@@ -55,16 +74,10 @@ class Target:
         return self.load_renderer(date=datetime.fromisoformat(date) if date else None)
 
     def load_renderer(self, *, date: datetime | None = None) -> ChatRenderer:
-        """Tokenizer and template as they were trained, where the adapter brings them; else the model's own.
-
-        ``date`` is what a template that asks for it is told; None is today.
-        """
-        files = self.files
-        if self.adapter and (self.adapter / "tokenizer.json").exists():
-            files = ModelFiles(str(self.adapter), self.adapter)
+        """Tokenizer and template; ``date`` is what a template that asks for it is told, None is today."""
         recorded = self.manifest.get("chat_template_kwargs")
         kwargs = self.recipe.tokenizer.chat_template_kwargs if self.recipe else recorded
-        return ChatRenderer(load_tokenizer(files), kwargs, date=date)
+        return ChatRenderer(self.tokenizer, kwargs, date=date)
 
 
 def find_target(reference: str | None = None, *, base: str | None = None) -> Target:
@@ -124,7 +137,7 @@ def _find_run(name: str, run: RunFolder, base: str | None) -> Target:
 
 def _find_adapter(name: str, path: Path, base: str | None) -> Target:
     """An adapter that lies alone; where ftcli made it, it says how, and of which base."""
-    origin = read_origin(path)
+    origin = _read_origin(path)
     recorded = origin.get("base", {})
     reference = base or recorded.get("id") or _read_base(path)
     files = _find_adapted(reference, None if base else recorded.get("revision"))
@@ -134,7 +147,7 @@ def _find_adapter(name: str, path: Path, base: str | None) -> Target:
     return Target(name, files, section, path, manifest=origin)
 
 
-def read_origin(adapter: Path) -> dict[str, Any]:
+def _read_origin(adapter: Path) -> dict[str, Any]:
     """What an adapter of ftcli says of its training, empty for any other: base, dtype, quantization, template.
 
     Raises:

@@ -7,7 +7,7 @@ tuned one. So the bound is a share of D, with a floor for what rounding alone do
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite, isnan
 from typing import Any
 
 from ftcli.evaluate.compare import Comparison
@@ -37,6 +37,11 @@ class Verdict:
         if self.kl_base is None or not isfinite(self.kl_base):
             return MOST_KL
         return min(MOST_KL, max(ROUNDING_KL, MOST_SHARE * self.kl_base))
+
+    @property
+    def distance(self) -> float:
+        """KL, infinite where that is no number."""
+        return inf if isnan(self.comparison.kl) else self.comparison.kl
 
     @property
     def has_passed(self) -> bool:

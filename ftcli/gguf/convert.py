@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from ftcli.data.tokenizer import load_tokenizer
 from ftcli.errors import UsageError
 from ftcli.events import Notice, OnEvent, Pace, ignore_event
 from ftcli.gguf.ahead import count_threads
@@ -28,7 +27,6 @@ from ftcli.gguf.source import Source, SourceTensor, open_folder
 from ftcli.gguf.vocabulary import build_vocabulary, fit_name
 from ftcli.gguf.write import OutputTensor, Value, write_gguf
 from ftcli.model.precision import Ratios
-from ftcli.store.target import ModelFiles
 
 Keys = Mapping[str, Value]
 Choose = Callable[[str, tuple[int, ...]], str]  # (llama.cpp's name of a tensor, its shape) → its type
@@ -104,10 +102,9 @@ def convert(
     tensors = plan_tensors(source, family, config, partial(choose_type, kind, ratios=ratios))
     n_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
     keys = build_keys(source.folder, family, config, file_type=KINDS[kind], n_parameters=n_parameters, name=name)
-    tokenizer = load_tokenizer(ModelFiles(str(source.folder), source.folder))
-    vocabulary = build_vocabulary(tokenizer, source.folder, family, config["vocab_size"], visible=visible)
+    vocabulary = build_vocabulary(source.tokenizer, source.folder, family, config["vocab_size"], visible=visible)
     keys |= vocabulary.keys
-    keys["general.name"] = fit_name(str(keys["general.name"]), tokenizer, family)
+    keys["general.name"] = fit_name(str(keys["general.name"]), source.tokenizer, family)
     if kind not in _PLAIN_KINDS:
         keys |= {key: keys.pop(key) for key in _LAST_KEYS}
         tensors.sort(key=lambda tensor: find_position(tensor.name))

@@ -7,7 +7,6 @@ A merge is not written in between, and the file is the one that its folder would
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ftcli.data.chat import ChatRenderer, Rendered
-from ftcli.errors import ContentError, FtcliError, UsageError, is_memory_error
+from ftcli.errors import ContentError, FtcliError, is_memory_error
 from ftcli.evaluate.loss import count_targets
-from ftcli.evaluate.sample import load_target_rows
+from ftcli.evaluate.sample import load_known_rows
 from ftcli.evaluate.subject import Subject, open_adapter, open_plain
 from ftcli.evaluate.target import MANIFEST, Target, find_target
 from ftcli.evaluate.verdict import MOST_KL
@@ -32,15 +31,14 @@ from ftcli.gguf.verify import Reference, Verification, record_source, verify_fil
 from ftcli.gguf.write import OutputTensor
 from ftcli.merge.card import build_front
 from ftcli.merge.run import Merging
-from ftcli.merge.source import build_source
+from ftcli.merge.source import Source, build_source
 from ftcli.merge.verify import MOST_TOKENS
 from ftcli.model.base import choose_device, choose_dtype
 from ftcli.store.file import check_free, disk_errors, read_json, scratch_folder, write_text
 from ftcli.store.run import locked
-from ftcli.train.memory import measure_available
+from ftcli.train.memory import explain_lack, release_models
 
 _HEAD_BYTES = 32 << 20  # of metadata and vocabulary, in each file
-_SPARE_BYTES = 1 << 30  # beside the weights of a model that answers: logits, activations, libraries
 
 Plans = Mapping[str, Sequence[OutputTensor]]
 
@@ -158,7 +156,7 @@ class _Exporting:
                     Notice(f"{n} have rows that {kind} does not fit: they are of another, mostly larger type")
                 )
         reference = self._record(plans, documents) if documents else None
-        gc.collect()
+        release_models()
         check()
         return tuple(self._finish(kind, plans[kind], reference, verifies) for kind in kinds)
 
@@ -167,11 +165,11 @@ class _Exporting:
         folder = self.scratch / "model" / self.place.name
         with disk_errors(folder):
             folder.parent.mkdir()
-            if not self.target.adapter:
+            if not isinstance(self.target, Source):
                 folder.symlink_to(self.target.files.folder.resolve())
                 return open_folder(folder)
             folder.mkdir()
-        merging = Merging(build_source(self.target), self.place.folder, None, "original", self.on_event)
+        merging = Merging(self.target, self.place.folder, None, "original", self.on_event)
         merging.write_texts(folder)
         base = self.target.manifest.get("base", {}).get("id", self.target.files.reference)
         write_text(folder / "README.md", "\n".join(build_front(base)))
@@ -179,17 +177,8 @@ class _Exporting:
 
     def _load_rows(self, data: str | None) -> list[Rendered]:
         """The rows to compare on: those held out, else those trained on; without any that is told."""
-        try:
-            sets = load_target_rows(self.target, data, MOST_TOKENS)
-        except (UsageError, ContentError) as error:
-            if data is not None:
-                raise
-            self.on_event(Notice(f"the run's rows cannot be read ({error.where or error.what}): {error.what}"))
-            sets = {}
-        if not sets:
-            self.on_event(
-                Notice("there are no rows to compare on: only the files' structure is checked (or name --data FILE)")
-            )
+        instead = "only the files' structure is checked"
+        sets = load_known_rows(self.target, data, MOST_TOKENS, self.on_event, instead=instead)
         return next((sets[name] for name in ("data", "held_out", "train") if name in sets), [])
 
     def _check_disk(self, source: OpenSource, plans: Plans, documents: Sequence[Rendered]) -> None:
@@ -201,10 +190,8 @@ class _Exporting:
         """What the source says; None, which is told, where it does not fit in memory."""
         tensors = next(iter(plans.values()))
         dtype = choose_dtype(self.target.section.dtype, choose_device())
-        needed = dtype.itemsize * sum(math.prod(tensor.shape) for tensor in tensors) + _SPARE_BYTES
-        if needed > (available := measure_available()):
-            sizes = f"it takes {needed / 1e9:.1f} GB in memory, and {available / 1e9:.1f} are free"
-            self.on_event(Notice(f"the source is not run, so nothing is compared: {sizes}"))
+        if lack := explain_lack(sum(math.prod(tensor.shape) for tensor in tensors), dtype):
+            self.on_event(Notice(f"the source is not run, so nothing is compared: {lack}"))
             return None
         try:
             return record_source(self._load_source, documents, self.scratch / "rows", self.on_event)

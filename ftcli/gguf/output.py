@@ -5,7 +5,6 @@ runs/NAME/gguf/  NAME-Q4_K_M.gguf  NAME-Q8_0.gguf  manifest.json
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 from ftcli.errors import UsageError
 from ftcli.evaluate.target import MANIFEST, Target
-from ftcli.merge.output import read_output
+from ftcli.merge.output import check_outside, read_output
 from ftcli.store.file import disk_errors, hash_file, read_json, sync_folder, write_json
 from ftcli.store.run import MANIFEST_SCHEMA, now_text
 from ftcli.store.target import path_exists
@@ -41,9 +40,7 @@ class Output:
             UsageError: one is there, what is read lies here, or the folder is of something else.
         """
         where = str(self.folder)
-        for path in filter(None, (target.adapter, target.files.folder)):
-            if path.resolve().is_relative_to(os.path.realpath(self.folder)):
-                raise UsageError(f"what is exported lies in it: {path}", where=where, hint="choose another --output")
+        check_outside(self.folder, target, "exported")
         if (path_exists(self.folder, where) or self.folder.is_symlink()) and not self.folder.is_dir():
             raise UsageError("is no folder", where=where, hint="choose another --output")
         manifest = read_json(self.folder / MANIFEST) or {}
@@ -99,13 +96,5 @@ def find_output(target: Target, folder: Path | None) -> Output:
 
 def name_target(target: Target) -> str:
     """What ``target`` is called, so that it can be a part of a file's name."""
-    if target.run:
-        name = target.run.path.resolve().name
-    elif target.adapter:
-        name = target.adapter.resolve().name
-    elif target.files.revision:  # the Hub's folder is a number
-        name = target.files.reference.rpartition("/")[2]
-    else:
-        name = target.files.folder.resolve().name
-    plain = re.sub(r"[^\w.+-]+", "-", name).encode()[:_MOST_NAME_BYTES].decode(errors="ignore")
+    plain = re.sub(r"[^\w.+-]+", "-", target.title).encode()[:_MOST_NAME_BYTES].decode(errors="ignore")
     return plain.strip(".-") or "model"

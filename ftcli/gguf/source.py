@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from ftcli.data.tokenizer import load_tokenizer
 from ftcli.errors import ContentError
 from ftcli.merge.arithmetic import make_blocks
 from ftcli.merge.plan import MergePlan, Weights
@@ -44,6 +45,10 @@ class Source(Protocol):
         """Where config, generation config, tokenizer and model card lie."""
 
     @property
+    def tokenizer(self) -> Any:
+        """That of the folder."""
+
+    @property
     def tensors(self) -> Sequence[SourceTensor]:
         """Its weights in the order of the file to be, a tied head left out."""
 
@@ -54,6 +59,10 @@ class OpenSource:
 
     folder: Path
     tensors: tuple[SourceTensor, ...]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(ModelFiles(str(self.folder), self.folder))
 
 
 def open_folder(folder: Path) -> OpenSource:

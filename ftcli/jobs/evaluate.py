@@ -7,7 +7,6 @@ What can be wrong with targets and rows is found before the first model is loade
 
 from __future__ import annotations
 
-import gc
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +14,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ftcli.errors import ContentError, DiskError, NumericError
 from ftcli.evaluate.compare import Recording, compare, measure, record
@@ -29,6 +26,7 @@ from ftcli.jobs.contender import Contender, describe_base, find_contender
 from ftcli.jobs.entry import Entry, Measure, list_entries
 from ftcli.model.attention import check_documents_apart
 from ftcli.store.run import find_newest_run
+from ftcli.train.memory import release_models
 
 _SCORES: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {"rouge": score_rouge, "bleu": score_bleu}
 
@@ -183,7 +181,7 @@ class _Judge:
                 subject = subject.base  # the same weights, with the adapter off
             else:
                 subject = None
-                _free_memory()
+                release_models()
                 if contender.is_base:
                     subject = open_plain(contender.target, contender.renderer)
                 else:
@@ -275,10 +273,3 @@ def _temporary_folder() -> Iterator[Path]:
         raise DiskError(what, hint="set TMPDIR to a folder you may write to") from error
     with folder as path:
         yield Path(path)
-
-
-def _free_memory() -> None:
-    """Nothing; what is no longer referred to is back with the system."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from ftcli.data.chat import Rendered
-from ftcli.errors import ContentError, FtcliError, UsageError, is_memory_error
-from ftcli.evaluate.sample import load_target_rows
+from ftcli.errors import FtcliError, UsageError, is_memory_error
+from ftcli.evaluate.loss import count_targets
+from ftcli.evaluate.sample import load_known_rows
 from ftcli.evaluate.subject import load_plain
+from ftcli.evaluate.target import MANIFEST
 from ftcli.events import Notice, OnEvent, Saved, Stage, ignore_event
 from ftcli.merge.adapter import read_adapter
 from ftcli.merge.arithmetic import Survival
@@ -44,11 +46,10 @@ from ftcli.store.file import (
 from ftcli.store.run import MANIFEST_SCHEMA, locked, now_text, read_manifest, update_manifest
 from ftcli.store.shard import measure_shards
 from ftcli.store.target import ModelFiles, fingerprint_model
-from ftcli.train.memory import measure_available
+from ftcli.train.memory import explain_lack
 from ftcli.train.record import list_versions
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_SPARE_BYTES = 1 << 30  # beside the weights of a model that answers: logits, activations, libraries
 _SMALL_FILES_BYTES = 64 << 20  # tokenizer, config, card
 _SCRATCH = ".verify"
 
@@ -149,15 +150,14 @@ class Merging:
         self.skeleton: Any = build_skeleton(source.files, source.section)
         self.stored = open_stored(source.files, self.skeleton)
         self.weights = self._open_weights(onto)
-        self.adapter = read_adapter(source.adapter)
-        self.plan = plan_merge(
-            self.adapter, self.weights, self._build_skeleton(), dtype=dtype, packed_dtype=torch.bfloat16
-        )
+        adapter = read_adapter(source.adapter)
+        self.plan = plan_merge(adapter, self.weights, self._build_skeleton(), dtype=dtype, packed_dtype=torch.bfloat16)
 
     def carry_out(self, data: str | None, verifies: bool, check_final: Callable[[], None]) -> Merged:
         """What came of it, once the folder stands under its final name, which ``check_final`` finds free at the end."""
-        sets = self._load_rows(data) if verifies else {}
-        n_tokens = sum(sum(document.mask[1:]) for documents in sets.values() for document in documents)
+        instead = "tensors are checked"
+        sets = load_known_rows(self.source, data, MOST_TOKENS, self.on_event, instead=instead) if verifies else {}
+        n_tokens = sum(n for documents in sets.values() for n in count_targets(documents))
         needed = measure_shards([part.tensor for part in self.plan.parts]) + _SMALL_FILES_BYTES
         needed += 2 * n_tokens * self.plan.vocab_size
         with staged_folder(self.final, needed) as folder:
@@ -194,21 +194,6 @@ class Merging:
             self.on_event(Notice("nothing says how the base was held in 4 bits: NF4 with double quantisation is taken"))
         return open_dequantized(self.stored, self._build_skeleton(), quantization, self.source.dtype)
 
-    def _load_rows(self, data: str | None) -> dict[str, list[Rendered]]:
-        """The rows to compare on; without any the tensors are checked, which is told."""
-        try:
-            sets = load_target_rows(self.source, data, MOST_TOKENS)
-        except (UsageError, ContentError) as error:
-            if data is not None:
-                raise
-            self.on_event(Notice(f"the run's rows cannot be read ({error.where or error.what}): {error.what}"))
-            sets = {}
-        if not sets:
-            self.on_event(
-                Notice("there are no rows to compare the models on: tensors are checked (or name --data FILE)")
-            )
-        return sets
-
     def _list_stops(self) -> list[int]:
         """What ends a trained turn, where the adapter's own generation config does not say it."""
         if (self.source.adapter / "generation_config.json").exists():
@@ -219,13 +204,9 @@ class Merging:
             return []
 
     def _verify(self, folder: Path, sets: Mapping[str, Sequence[Rendered]]) -> Verification:
-        if sets and (needed := self._measure_model()) > (available := measure_available()):
-            self.on_event(
-                Notice(
-                    f"the model takes {needed / 1e9:.1f} GB in memory, and {available / 1e9:.1f} are free: "
-                    "its tensors are checked one by one instead"
-                )
-            )
+        n_parameters = sum(part.tensor.size_bytes // part.dtype.itemsize for part in self.plan.parts)
+        if sets and (lack := explain_lack(n_parameters, getattr(torch, self._compute_dtype))):
+            self.on_event(Notice(f"the model is not run, as {lack}: its tensors are checked one by one instead"))
         elif sets:
             scratch = folder / _SCRATCH
             make_folder(scratch)
@@ -258,11 +239,6 @@ class Merging:
             return "float32"
         return str(self.source.dtype).removeprefix("torch.")
 
-    def _measure_model(self) -> int:
-        """Bytes that the larger of both models takes in memory."""
-        itemsize: int = getattr(torch, self._compute_dtype).itemsize
-        return sum(p.tensor.size_bytes // p.dtype.itemsize for p in self.plan.parts) * itemsize + _SPARE_BYTES
-
     def _choose_other(self) -> Callable[[Any], None] | None:
         """Fills a model with the merge onto the base that was not chosen, for a run in 4 bits."""
         if self.source.quantization is None:
@@ -286,14 +262,15 @@ class Merging:
     def _write_records(self, folder: Path, merged: Merged) -> None:
         """Nothing; card and manifest are written, the manifest last."""
         files = self.source.files
-        base = {"id": files.reference, "revision": files.revision, "fingerprint": fingerprint_model(files)}
-        recipe = self.source.recipe
+        recipe, base = self.source.recipe, self.source.manifest.get("base")
+        if base is None:
+            base = {"id": files.reference, "revision": files.revision, "fingerprint": fingerprint_model(files)}
         manifest = {
             "schema": MANIFEST_SCHEMA,
             "command": "merge",
             "finished_at": now_text(),
             "versions": list_versions(),
-            "base": self.source.manifest.get("base", base),
+            "base": base,
             "parent": self.source.name,
             "adapter_sha256": hash_file(next(self.source.adapter.glob("adapter_model.*"))),
             **{key: self.source.manifest.get(key) for key in ("tokenizer_sha256", "template_sha256", "data_sha256")},
@@ -301,6 +278,6 @@ class Merging:
             "verify": merged.verification.to_json() if merged.verification else None,
         }
         datasets = [Path(section.path).name for section in recipe.datasets] if recipe else []
-        name = self.source.run.path.resolve().name if self.source.run else self.source.adapter.resolve().name
-        write_text(folder / "README.md", build_card(name, manifest, merged.verification, datasets=datasets))
-        write_json(folder / "manifest.json", {**manifest, "files": describe_files(folder)})
+        card = build_card(self.source.title, manifest, merged.verification, datasets=datasets)
+        write_text(folder / "README.md", card)
+        write_json(folder / MANIFEST, {**manifest, "files": describe_files(folder)})

@@ -7,7 +7,6 @@ One model is in memory at a time. Where not even that fits, each tensor of the r
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from ftcli.merge.plan import MergePlan, Part, Weights
 from ftcli.model.stored import read_rows
 from ftcli.store.file import make_folder
 from ftcli.store.weight import read_weight_table
+from ftcli.train.memory import release_models
 
 BATCH_TOKENS = 2048
 MOST_TOKENS = 2048  # trained tokens of each set that are compared
@@ -103,7 +103,7 @@ def verify_models(
         if source.base:
             distances[name] = compare(recordings[name], source.base.backend, documents, **options).kl
     del source
-    gc.collect()
+    release_models()
 
     def judge(model: Any) -> dict[str, Verdict]:
         backend = TorchBackend(model, renderer)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+_SPARE_BYTES = 1 << 30  # beside the weights of a model that answers: logits, activations, libraries
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _GROWTH = 0.03  # of the memory held: what goes back is faulted in again, so not every block gives back
 _LARGE_BYTES = 4 << 20  # of 1, 2 and 4 MiB the one with the fewest page faults at the same peak
@@ -96,6 +97,14 @@ def release_free_memory() -> None:
         _open_libc().malloc_trim(0)
 
 
+def release_models() -> None:
+    """Nothing; models that nobody refers to any more have left memory, the device's too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    release_free_memory()
+
+
 @cache
 def _open_libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
@@ -150,6 +159,14 @@ def measure_available() -> int:
             used = int(_read_lines("/proc/self/statm")[0].split()[0]) * resource.getpagesize()
             limits.append(max(0, address_space - used))
     return min(limits)
+
+
+def explain_lack(n_parameters: int, dtype: torch.dtype) -> str:
+    """Why a model of so many parameters cannot be run in ``dtype``, with both sizes; empty where it can."""
+    needed, available = n_parameters * dtype.itemsize + _SPARE_BYTES, measure_available()
+    if needed <= available:
+        return ""
+    return f"it takes {needed / 1e9:.1f} GB in memory, and {available / 1e9:.1f} are free"
 
 
 def _read_cgroup_room() -> int:

@@ -126,7 +126,7 @@ def test_a_merge_that_loses_the_fine_tune_fails(run: RunFolder, monkeypatch: pyt
 def test_tensors_are_verified_where_no_model_fits(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, harm: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("ftcli.merge.run.measure_available", lambda: 10_000_000)
+    monkeypatch.setattr("ftcli.train.memory.measure_available", lambda: 10_000_000)
     events: list[Event] = []
     found = merge(str(run.path), output=tmp_path / "good", on_event=events.append).verification
     assert found is not None
