@@ -22,7 +22,7 @@ from ftcli.evaluate.subject import Subject, open_adapter, open_plain
 from ftcli.evaluate.target import MANIFEST, Target, find_target
 from ftcli.evaluate.verdict import MOST_KL
 from ftcli.events import Notice, OnEvent, Saved, Stage, ignore_event
-from ftcli.gguf.convert import convert, plan_file
+from ftcli.gguf.convert import Converted, convert, plan_file
 from ftcli.gguf.kind import find_kinds, suggest_larger
 from ftcli.gguf.metadata import read_model_config
 from ftcli.gguf.output import Output, find_output
@@ -146,10 +146,11 @@ class _Exporting:
         source = self._open_source()
         plans = {kind: plan_file(source, kind) for kind in kinds}
         self._check_disk(source, plans, documents)
+        files: dict[str, Converted] = {}
         for kind in kinds:
             self.on_event(Stage("gguf", self.place.name_file(kind)))
             path = self.scratch / self.place.name_file(kind)
-            made = convert(source, path, kind=kind, on_event=self.on_event)
+            made = files[kind] = convert(source, path, kind=kind, on_event=self.on_event)
             if made.n_fallbacks:
                 n = f"{made.n_fallbacks} of {made.n_tensors} tensors"
                 self.on_event(
@@ -158,7 +159,7 @@ class _Exporting:
         reference = self._record(plans, documents) if documents else None
         release_models()
         check()
-        return tuple(self._finish(kind, plans[kind], reference, verifies) for kind in kinds)
+        return tuple(self._finish(kind, files[kind], plans[kind], reference, verifies) for kind in kinds)
 
     def _open_source(self) -> OpenSource:
         """The model under its own name, from which the files' metadata follow."""
@@ -212,19 +213,21 @@ class _Exporting:
             return None
 
     def _finish(
-        self, kind: str, tensors: Sequence[OutputTensor], reference: Reference | None, verifies: bool
+        self,
+        kind: str,
+        made: Converted,
+        tensors: Sequence[OutputTensor],
+        reference: Reference | None,
+        verifies: bool,
     ) -> ExportedFile:
         """The file of a kind under its final name, verified."""
-        path = self.scratch / self.place.name_file(kind)
-        found = None
+        is_4bit, found = self.target.quantization is not None, None
         if verifies:
             # a run in 4 bits is written onto its original weights, as far away as a merge may be
-            allowance = MOST_KL if self.target.quantization else 0.0
+            allowance = MOST_KL if is_4bit else 0.0
             renderer = self._find_renderer()
-            found = verify_file(path, kind, tensors, renderer, reference, self.on_event, allowance=allowance)
-        bits = 8 * sum(t.size_bytes for t in tensors) / sum(math.prod(t.shape) for t in tensors)
-        entry = {"bits_per_weight": bits, "verify": found.to_json() if found else None}
-        size = path.stat().st_size
-        final = self.place.publish(path, self.target, kind, entry)
+            found = verify_file(made.path, kind, tensors, renderer, reference, self.on_event, allowance=allowance)
+        entry = {"bits_per_weight": made.bits_per_weight, "verify": found.to_json() if found else None}
+        final = self.place.publish(made.path, self.target, kind, entry)
         self.on_event(Saved(str(final)))
-        return ExportedFile(self.target.name, kind, final, size, bits, found, self.target.quantization is not None)
+        return ExportedFile(self.target.name, kind, final, made.size_bytes, made.bits_per_weight, found, is_4bit)
