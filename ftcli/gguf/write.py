@@ -8,7 +8,6 @@ Nothing is held but the blocks in hand. Source: ggml/docs/gguf.md in ggml-org/gg
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -23,7 +22,7 @@ import torch
 from ftcli.errors import ContentError
 from ftcli.gguf.ahead import run_ahead
 from ftcli.gguf.encode import encode_block
-from ftcli.store.file import check_free, disk_errors, sync_folder
+from ftcli.store.file import check_free, replaced_file
 from ftcli.store.gguf_header import GGML_TYPES
 
 _VERSION, _ALIGNMENT = 3, 32
@@ -80,19 +79,10 @@ def write_gguf(
     """
     head = _build_head(keys, tensors)
     size = len(head) + sum(_pad(tensor.size_bytes) for tensor in tensors)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with disk_errors(path, size):
-        check_free(path, size)
-        try:
-            with temporary.open("wb") as stream:
-                stream.write(head)
-                _write_data(stream, tensors, n_threads, on_bytes)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-            sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    check_free(path, size)
+    with replaced_file(path, size) as stream:
+        stream.write(head)
+        _write_data(stream, tensors, n_threads, on_bytes)
     return size
 
 

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ftcli.errors import ContentError, DiskError
 
@@ -29,12 +29,23 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         DiskError: the disk is full or the path may not be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     data = text.encode("utf-8")
-    with disk_errors(path, len(data)):
+    with replaced_file(path, len(data)) as stream:
+        stream.write(data)
+
+
+@contextmanager
+def replaced_file(path: Path, needed_bytes: int = 0) -> Iterator[BinaryIO]:
+    """A stream whose bytes are the file at ``path`` when the block ends without an error; until then it is as before.
+
+    Raises:
+        DiskError: the disk is full or the path may not be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with disk_errors(path, needed_bytes):
         try:
             with temporary.open("wb") as stream:
-                stream.write(data)
+                yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.replace(path)
