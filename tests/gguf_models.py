@@ -93,6 +93,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 # names that the converter must be told: by itself it writes "Phi 3", by which llama.cpp does not know the family
 NAMES = {"phi-3": "Tiny Phi-3", "phi-3-long": "Tiny Phi-3"}
+# a key of ours that the converter leaves out, so that llama.cpp would put a blank behind each control token of a chat
+TOLD = dict.fromkeys(("mistral-v0.3", "llama-2"), "tokenizer.ggml.add_space_prefix")
 _MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",

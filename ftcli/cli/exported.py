@@ -29,6 +29,8 @@ def build_document(files: Sequence[ExportedFile]) -> dict[str, Any]:
 
 def list_export(files: Sequence[ExportedFile]) -> Iterator[str]:
     """Yields the lines, of at most 80 columns but for names and paths."""
+    from ftcli.gguf.card import list_types
+
     yield f"{files[0].source}: {len(files)} GGUF {'file' if len(files) == 1 else 'files'}"
     yield _HEAD
     for file in files:
@@ -36,6 +38,7 @@ def list_export(files: Sequence[ExportedFile]) -> Iterator[str]:
     yield ""
     for file in files:
         yield f"  {file.path}"
+        yield f"    {list_types(file.types)}"
     good = [file for file in files if file.verification is None or file.verification.has_passed]
     if good:
         path = shlex.quote(str(good[0].path))

@@ -252,11 +252,11 @@ class LlamaModel:
         self._room = 0
         self._free: Callable[[], object] = lambda: None
 
-    def tokenize(self, text: str) -> list[int]:
-        """The ids of ``text`` as the file's own vocabulary has them, without special tokens."""
+    def tokenize(self, text: str, *, is_chat: bool = False) -> list[int]:
+        """The ids of ``text`` in the file's vocabulary, nothing put around it; in a chat control tokens are read."""
         data = text.encode()
         ids = (c_int32 * (len(data) + 8))()
-        n_ids = self._api.llama_tokenize(self._vocabulary, data, len(data), ids, len(ids), False, False)
+        n_ids = self._api.llama_tokenize(self._vocabulary, data, len(data), ids, len(ids), False, is_chat)
         return list(ids[: max(0, n_ids)])
 
     def spell(self, token: int) -> str:

@@ -13,14 +13,8 @@ from ftcli.data.chat import ChatRenderer, Rendered
 from ftcli.errors import ContentError
 from ftcli.evaluate.generate import Sampling, build_streamer, decode_answer, list_stop_ids
 from ftcli.evaluate.llama_library import LlamaModel
+from ftcli.evaluate.parity import find_misread, list_probes
 from ftcli.evaluate.target import Target
-
-# what vocabularies split in different ways: digits, blanks, contractions, capitals, and what lies outside ASCII
-_PROBES = (
-    "Hello, world! It's 12345 o'clock, isn't it?",
-    "two  spaces\n\n\tand\ttabs\n  def f(x):\n    return x**2  # 3.14159",
-    "déjà vu, naïve café 😀 中文 字符 ANTIDISESTABLISHMENT",
-)
 
 
 @dataclass(frozen=True)
@@ -158,5 +152,5 @@ def speaks_alike(model: LlamaModel, renderer: ChatRenderer) -> bool:
     return (
         all(model.spell(i).startswith("[PAD") for i in range(n_ids, model.n_vocabulary))
         and all(i in special for i in range(model.n_vocabulary, n_ids))
-        and all(tokenizer(text, add_special_tokens=False).input_ids == model.tokenize(text) for text in _PROBES)
+        and not find_misread(model, tokenizer, list_probes(renderer))
     )

@@ -5,6 +5,7 @@ reference ─▶ Target ─▶ a Subject that answers · a Contender that is des
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -22,6 +23,7 @@ from ftcli.store.target import ModelFiles, find_model, fingerprint_model, path_e
 
 ORIGIN = "ftcli.json"  # beside an adapter: what its training was, wherever it is copied
 MANIFEST = "manifest.json"
+_KIND_OF_FILE = re.compile(r"[-._](B?F(16|32)|I?Q\d\w*)$", re.IGNORECASE)  # at the end of a GGUF file's name
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,31 @@ class Target:
         return QuantizationSection(**recorded) if recorded else None
 
     @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """What the template was told in training besides the messages."""
+        recorded = self.manifest.get("chat_template_kwargs")
+        return dict(self.recipe.tokenizer.chat_template_kwargs if self.recipe else recorded or {})
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """The words that were added to the vocabulary in training."""
+        recorded = self.manifest.get("added_tokens")
+        return tuple(self.recipe.tokenizer.add_tokens if self.recipe else recorded or ())
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether ftcli trained it, so that it knows chats exactly as its template writes them."""
+        return bool(self.manifest)
+
+    @property
     def title(self) -> str:
         """What it is called by itself, without the way to it."""
         if self.run:
             return self.run.path.resolve().name
         if self.adapter:
             return self.adapter.resolve().name
+        if self.files.gguf_path:
+            return _KIND_OF_FILE.sub("", self.files.gguf_path.stem)
         if self.files.revision:  # the Hub's folder is a number
             return self.files.reference.rpartition("/")[2]
         return self.files.folder.resolve().name
@@ -75,9 +96,7 @@ class Target:
 
     def load_renderer(self, *, date: datetime | None = None) -> ChatRenderer:
         """Tokenizer and template; ``date`` is what a template that asks for it is told, None is today."""
-        recorded = self.manifest.get("chat_template_kwargs")
-        kwargs = self.recipe.tokenizer.chat_template_kwargs if self.recipe else recorded
-        return ChatRenderer(self.tokenizer, kwargs, date=date)
+        return ChatRenderer(self.tokenizer, self.template_kwargs, date=date)
 
 
 def find_target(reference: str | None = None, *, base: str | None = None) -> Target:
@@ -160,6 +179,7 @@ def _read_origin(adapter: Path) -> dict[str, Any]:
         QuantizationSection(**(origin.get("quantization") or {}))
         is_whole = isinstance(base, dict) and {"id", "revision", "fingerprint"} <= base.keys()
         is_whole &= _is_date(origin.get("template_date"))
+        is_whole &= all(isinstance(token, str) for token in origin.get("added_tokens", ()))
     except (ValueError, TypeError):
         is_whole = False
     if not is_whole:

@@ -17,6 +17,16 @@ MOST_SHARE = 0.25  # of the fine-tune's own distance from the base
 ROUNDING_KL = 0.005  # two ways to compute one bfloat16 model are this far apart at most
 
 
+def bound_kl(kl_base: float | None, *, floor: float = ROUNDING_KL, ceiling: float = MOST_KL) -> float:
+    """The most nats per trained token that a result may be away from a source which is ``kl_base`` away from its base.
+
+    None is a distance that is not known.
+    """
+    if kl_base is None or not isfinite(kl_base):
+        return ceiling
+    return min(ceiling, max(floor, MOST_SHARE * kl_base))
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A result held against its source: KL per trained token in nats, and what it must not exceed.
@@ -32,11 +42,7 @@ class Verdict:
     @property
     def most_kl(self) -> float:
         """The bound on `Comparison.kl`."""
-        if self.limit is not None:
-            return self.limit
-        if self.kl_base is None or not isfinite(self.kl_base):
-            return MOST_KL
-        return min(MOST_KL, max(ROUNDING_KL, MOST_SHARE * self.kl_base))
+        return bound_kl(self.kl_base) if self.limit is None else self.limit
 
     @property
     def distance(self) -> float:

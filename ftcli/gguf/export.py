@@ -1,16 +1,17 @@
 """``ftcli export``: a run, an adapter or a model as GGUF files, each held against its source.
 
-    target ─▶ folder, or merge as it is made ─▶ a file of each kind (in a scratch folder) ─▶ verified ─▶ final name
+    target ─▶ folder, merge as it is made, GGUF file ─▶ Draft ─▶ a file of each kind (in a scratch folder)
+           ─▶ verified ─▶ final name, with a card and a Modelfile beside
 
 A merge is not written in between, and the file is the one that its folder would give.
 """
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,17 @@ from ftcli.data.chat import ChatRenderer, Rendered
 from ftcli.errors import ContentError, FtcliError, is_memory_error
 from ftcli.evaluate.loss import count_targets
 from ftcli.evaluate.sample import load_known_rows
-from ftcli.evaluate.subject import Subject, open_adapter, open_plain
+from ftcli.evaluate.subject import open_target
 from ftcli.evaluate.target import MANIFEST, Target, find_target
-from ftcli.evaluate.verdict import MOST_KL
 from ftcli.events import Notice, OnEvent, Saved, Stage, ignore_event
-from ftcli.gguf.convert import Converted, convert, plan_file
-from ftcli.gguf.kind import find_kinds, suggest_larger
-from ftcli.gguf.metadata import read_model_config
+from ftcli.gguf.card import build_card
+from ftcli.gguf.convert import Converted, convert
+from ftcli.gguf.draft import Draft, draft_model
+from ftcli.gguf.kind import can_tell_loss, find_kinds, suggest_larger
+from ftcli.gguf.original import draft_gguf
 from ftcli.gguf.output import Output, find_output
 from ftcli.gguf.source import OpenSource, open_folder, open_merge
-from ftcli.gguf.verify import Reference, Verification, record_source, verify_file
-from ftcli.gguf.write import OutputTensor
+from ftcli.gguf.verify import Expected, Verification, record_source, verify_file
 from ftcli.merge.card import build_front
 from ftcli.merge.run import Merging
 from ftcli.merge.source import Source, build_source
@@ -39,15 +40,15 @@ from ftcli.store.run import locked
 from ftcli.train.memory import explain_lack, release_models
 
 _HEAD_BYTES = 32 << 20  # of metadata and vocabulary, in each file
-
-Plans = Mapping[str, Sequence[OutputTensor]]
+_MOST_FALLBACK = 0.5  # of the parameters; beyond, a file is not what its kind says
 
 
 @dataclass(frozen=True)
 class ExportedFile:
     """A GGUF file of ``source``; ``verification`` is None where none was wanted.
 
-    ``from_4bit`` says that the source held its base in 4 bits, which the file does not.
+    ``types`` are the shares of the parameters that have each of GGUF's types, the largest first; ``from_4bit`` says
+    that the source held its base in 4 bits, which the file does not.
     """
 
     source: str
@@ -56,6 +57,7 @@ class ExportedFile:
     size_bytes: int
     bits_per_weight: float
     verification: Verification | None
+    types: Mapping[str, float] = field(default_factory=dict)
     from_4bit: bool = False
 
     @property
@@ -70,6 +72,7 @@ class ExportedFile:
             "path": str(self.path),
             "bytes": self.size_bytes,
             "bits_per_weight": self.bits_per_weight,
+            "types": dict(self.types),
             "verify": self.verification.to_json() if self.verification else None,
         }
 
@@ -87,8 +90,9 @@ def export(
     """The files that llama.cpp runs, one of each kind, in the order of ``kinds``.
 
     Args:
-        target: a run, an adapter, or a model (folder or Hub id); None is the newest finished run.
-        kinds: such as ``q4_k_m``; see `ftcli.gguf.convert.KINDS`.
+        target: a run, an adapter, or a model (folder, Hub id, GGUF file in 16 or 32 bits); None is the newest finished
+            run.
+        kinds: such as ``q4_k_m``; see `ftcli.gguf.draft.KINDS`.
         output: the folder; by default ``gguf/`` of the run, or ``./NAME-gguf``.
         data: rows to compare on, instead of those of the run.
         verifies: whether each file is held against its source.
@@ -115,21 +119,8 @@ def export(
 
 
 def _find_source(reference: str | None) -> Target:
-    """The run, adapter or model that is exported.
-
-    Raises:
-        FtcliError: as `find_target`; or it is a GGUF file, or packed.
-    """
+    """The run, adapter or model that is exported."""
     target = find_target(reference)
-    if path := target.files.gguf_path if target.adapter is None else None:
-        made = read_json(path.parent / MANIFEST) or {}
-        known = made.get("source") if made.get("command") == "export" else None
-        raise ContentError(
-            "is a GGUF file already",
-            where=target.name,
-            why="what it was rounded from gives better files",
-            hint=f"export {known}, from which it was made" if known else "name the folder of the model it is made from",
-        )
     return build_source(target) if target.adapter else target
 
 
@@ -138,31 +129,50 @@ class _Exporting:
 
     def __init__(self, target: Target, place: Output, scratch: Path, on_event: OnEvent) -> None:
         self.target, self.place, self.scratch, self.on_event = target, place, scratch, on_event
+        self.renderer = self._find_renderer()
 
     def carry_out(
         self, kinds: Sequence[str], data: str | None, verifies: bool, check: Callable[[], None]
     ) -> tuple[ExportedFile, ...]:
         documents = self._load_rows(data) if verifies else []
-        source = self._open_source()
-        plans = {kind: plan_file(source, kind) for kind in kinds}
-        self._check_disk(source, plans, documents)
+        draft = self._open_draft()
+        self._check_disk(draft, kinds, documents)
+        for text in draft.notices:
+            self.on_event(Notice(text))
         files: dict[str, Converted] = {}
         for kind in kinds:
             self.on_event(Stage("gguf", self.place.name_file(kind)))
             path = self.scratch / self.place.name_file(kind)
-            made = files[kind] = convert(source, path, kind=kind, on_event=self.on_event)
-            if made.n_fallbacks:
-                n = f"{made.n_fallbacks} of {made.n_tensors} tensors"
-                self.on_event(
-                    Notice(f"{n} have rows that {kind} does not fit: they are of another, mostly larger type")
-                )
-        reference = self._record(plans, documents) if documents else None
+            made = files[kind] = convert(draft, path, kind=kind, on_event=self.on_event)
+            if made.fallback > _MOST_FALLBACK:
+                share = f"{made.fallback:.0%} of the weights"
+                self.on_event(Notice(f"{share} have rows that {kind} does not fit: they have another, larger type"))
+        expected = self._expect(draft, kinds, documents) if verifies else None
         release_models()
         check()
-        return tuple(self._finish(kind, files[kind], plans[kind], reference, verifies) for kind in kinds)
+        exported = tuple(self._finish(kind, files[kind], draft, expected) for kind in kinds)
+        self._write_card()
+        return exported
+
+    def _open_draft(self) -> Draft:
+        """The model under its own name, from which the files' metadata follow."""
+        if path := self._find_gguf():
+            return self._draft_gguf(path)
+        return draft_model(self._open_source(), visible=self.target.added_tokens, is_trained=self.target.is_trained)
+
+    def _find_gguf(self) -> Path | None:
+        return self.target.files.gguf_path if self.target.adapter is None else None
+
+    def _draft_gguf(self, path: Path) -> Draft:
+        try:
+            return draft_gguf(path)
+        except ContentError as error:
+            made = read_json(path.parent / MANIFEST) or {}
+            if made.get("command") == "export" and path.name in made.get("files", {}):
+                error.hint = f"export {made.get('source')}, from which it was made"
+            raise
 
     def _open_source(self) -> OpenSource:
-        """The model under its own name, from which the files' metadata follow."""
         folder = self.scratch / "model" / self.place.name
         with disk_errors(folder):
             folder.parent.mkdir()
@@ -178,56 +188,69 @@ class _Exporting:
 
     def _load_rows(self, data: str | None) -> list[Rendered]:
         """The rows to compare on: those held out, else those trained on; without any that is told."""
-        instead = "only the files' structure is checked"
+        instead = "only structure and vocabulary are checked"
         sets = load_known_rows(self.target, data, MOST_TOKENS, self.on_event, instead=instead)
         return next((sets[name] for name in ("data", "held_out", "train") if name in sets), [])
 
-    def _check_disk(self, source: OpenSource, plans: Plans, documents: Sequence[Rendered]) -> None:
-        needed = sum(_HEAD_BYTES + sum(t.size_bytes for t in tensors) for tensors in plans.values())
-        needed += 2 * sum(count_targets(documents)) * int(read_model_config(source.folder)["vocab_size"])
+    def _check_disk(self, draft: Draft, kinds: Sequence[str], documents: Sequence[Rendered]) -> None:
+        needed = sum(_HEAD_BYTES + sum(t.size_bytes for t in draft.plan(kind)) for kind in kinds)
+        needed += 2 * sum(count_targets(documents)) * draft.n_vocabulary
         check_free(self.place.folder, needed)
 
-    def _record(self, plans: Plans, documents: Sequence[Rendered]) -> Reference | None:
-        """What the source says; None, which is told, where it does not fit in memory."""
-        tensors = next(iter(plans.values()))
+    def _expect(self, draft: Draft, kinds: Sequence[str], documents: Sequence[Rendered]) -> Expected:
+        """What the files are held against; the source is run if there are rows and it fits in memory."""
+        is_gguf = self._find_gguf() is not None
+        expected = Expected(
+            tokenizer=None if is_gguf else self.target.tokenizer,
+            renderer=self.renderer,
+            is_trained=self.target.is_trained,
+            documents=documents,
+            is_4bit=self.target.quantization is not None,
+        )
+        if not documents:
+            return expected
         dtype = choose_dtype(self.target.section.dtype, choose_device())
-        if lack := explain_lack(sum(math.prod(tensor.shape) for tensor in tensors), dtype):
+        if not is_gguf and (lack := explain_lack(draft.n_parameters, dtype)):
             self.on_event(Notice(f"the source is not run, so nothing is compared: {lack}"))
-            return None
+            return expected
         try:
-            return record_source(self._load_source, documents, self.scratch / "rows", self.on_event)
+            recording, kl_base = record_source(
+                lambda: open_target(self.target, renderer=self.renderer, on_event=self.on_event),
+                documents,
+                self.scratch / "rows",
+                self.on_event,
+                measures_base=expected.is_4bit or any(map(can_tell_loss, kinds)),
+            )
         except Exception as error:
             if not is_memory_error(error):
                 raise
             self.on_event(Notice("the source does not fit in memory: nothing is compared"))
-        return None
-
-    def _load_source(self) -> Subject:
-        is_adapted = self.target.adapter is not None
-        return (open_adapter if is_adapted else open_plain)(self.target, self.target.renderer)
+            return expected
+        return replace(expected, recording=recording, kl_base=kl_base)
 
     def _find_renderer(self) -> ChatRenderer | None:
         try:
             return self.target.renderer
-        except FtcliError:  # without a template
+        except FtcliError:  # the tokenizer of a GGUF file cannot always be rebuilt
             return None
 
-    def _finish(
-        self,
-        kind: str,
-        made: Converted,
-        tensors: Sequence[OutputTensor],
-        reference: Reference | None,
-        verifies: bool,
-    ) -> ExportedFile:
+    def _write_card(self) -> None:
+        manifest, recipe = read_json(self.place.folder / MANIFEST) or {}, self.target.recipe
+        datasets = [Path(section.path).name for section in recipe.datasets] if recipe else []
+        card = build_card(manifest, datasets=datasets, has_modelfile=False)
+        with disk_errors(self.place.folder):
+            write_text(self.place.folder / "README.md", card)
+
+    def _finish(self, kind: str, made: Converted, draft: Draft, expected: Expected | None) -> ExportedFile:
         """The file of a kind under its final name, verified."""
-        is_4bit, found = self.target.quantization is not None, None
-        if verifies:
-            # a run in 4 bits is written onto its original weights, as far away as a merge may be
-            allowance = MOST_KL if is_4bit else 0.0
-            renderer = self._find_renderer()
-            found = verify_file(made.path, kind, tensors, renderer, reference, self.on_event, allowance=allowance)
-        entry = {"bits_per_weight": made.bits_per_weight, "verify": found.to_json() if found else None}
+        found = verify_file(made.path, kind, draft.plan(kind), expected, self.on_event) if expected else None
+        types = {name: n / made.n_parameters for name, n in Counter(made.types).most_common()}
+        entry = {
+            "bits_per_weight": made.bits_per_weight,
+            "types": types,
+            "verify": found.to_json() if found else None,
+        }
         final = self.place.publish(made.path, self.target, kind, entry)
         self.on_event(Saved(str(final)))
-        return ExportedFile(self.target.name, kind, final, made.size_bytes, made.bits_per_weight, found, is_4bit)
+        is_4bit = self.target.quantization is not None
+        return ExportedFile(self.target.name, kind, final, made.size_bytes, made.bits_per_weight, found, types, is_4bit)

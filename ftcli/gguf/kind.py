@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Sequence
 
 from ftcli.errors import UsageError
-from ftcli.gguf.convert import KINDS
+from ftcli.evaluate.verdict import bound_kl
+from ftcli.gguf.draft import KINDS
 
 # nats per trained token; the smaller a model, the more it loses, and these are for small ones
 _LIMITS = {
@@ -20,6 +21,8 @@ _LIMITS = {
     "q3": 0.8,
     "q2": 3.0,
 }
+# kinds that hardly round: what a runtime's own arithmetic does to a model
+_FLOORS = {"f32": 0.005, "f16": 0.005, "bf16": 0.005, "q8_0": 0.01}
 _LARGER = {
     "q2": "q4_k_m",
     "q3": "q4_k_m",
@@ -52,9 +55,24 @@ def find_kinds(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_find_kind(name) for name in names))
 
 
-def find_limit(kind: str) -> float:
-    """The most nats per trained token that a file of this kind may be away from its source."""
-    return _LIMITS.get(kind) or _LIMITS[kind[:2]]
+def find_limit(kind: str, kl_base: float | None = None, *, is_4bit: bool = False) -> float:
+    """The most nats per trained token that a file of this kind may be away from its source.
+
+    Args:
+        kind: of file; those that hardly round may not be away by more than a share of what the fine-tuning did.
+        kl_base: how far that moved the model, None if it is not known.
+        is_4bit: whether it was trained on a base in 4 bits, and the file holds the original weights: it may then be
+            away besides by as much as a merge may.
+    """
+    limit = _LIMITS.get(kind) or _LIMITS[kind[:2]]
+    if floor := _FLOORS.get(kind):
+        limit = bound_kl(kl_base, floor=floor, ceiling=limit)
+    return limit + (bound_kl(kl_base) if is_4bit else 0.0)
+
+
+def can_tell_loss(kind: str) -> bool:
+    """Whether a file of this kind rounds so little that a fine-tune which it lost would show."""
+    return kind in _FLOORS
 
 
 def suggest_larger(kind: str) -> str:

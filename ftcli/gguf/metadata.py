@@ -14,7 +14,7 @@ from ftcli.gguf.family import FILE_TYPE, Config, Family
 from ftcli.gguf.write import Int32, Value
 from ftcli.store.file import read_json
 
-_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def build_keys(
             keys[key] = file_type
         else:
             keys[f"{family.architecture}.{key}"] = value
-    keys["general.quantization_version"] = _QUANTIZATION_VERSION
+    keys["general.quantization_version"] = QUANTIZATION_VERSION
     return keys
 
 

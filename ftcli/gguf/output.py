@@ -1,6 +1,6 @@
 """Where exported files go: a folder that more may be added to, each file whole from the moment it is there.
 
-runs/NAME/gguf/  NAME-Q4_K_M.gguf  NAME-Q8_0.gguf  manifest.json
+runs/NAME/gguf/  NAME-Q4_K_M.gguf  NAME-Q8_0.gguf  Modelfile  README.md  manifest.json
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from ftcli.errors import UsageError
 from ftcli.evaluate.target import MANIFEST, Target
+from ftcli.gguf.draft import KINDS
 from ftcli.merge.output import check_outside, read_output
 from ftcli.store.file import disk_errors, hash_file, read_json, sync_folder, write_json
 from ftcli.store.run import MANIFEST_SCHEMA, now_text
@@ -76,10 +77,15 @@ class Output:
                 "source": target.name,
                 "base": target.manifest.get("base"),
                 "files": {name: files[name] for name in sorted(files) if (self.folder / name).is_file()},
-                "exports": {**manifest.get("exports", {}), kind: dict(entry)},
+                "exports": self._list_exports({**manifest.get("exports", {}), kind: {"file": final.name, **entry}}),
             }
             write_json(self.folder / MANIFEST, document)
         return final
+
+    def _list_exports(self, exports: Mapping[str, Any]) -> dict[str, Any]:
+        """Kind → what is known of its file, for those that are still there; the smallest last."""
+        there = {kind: exports[kind] for kind in KINDS if kind in exports}
+        return {kind: entry for kind, entry in there.items() if (self.folder / entry["file"]).is_file()}
 
 
 def find_output(target: Target, folder: Path | None) -> Output:

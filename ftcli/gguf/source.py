@@ -7,6 +7,7 @@ merge under way ─────▶ open_merge ──┘
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -93,9 +94,14 @@ def open_merge(folder: Path, plan: MergePlan, weights: Weights) -> OpenSource:
     return OpenSource(folder, tuple(tensors))
 
 
+def cut_rows(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Yields the first row and the one after the last of each block in which a weight of this shape is read."""
+    row_bytes = 4 * max(1, math.prod(shape[1:]))
+    n_rows, step = shape[0] if shape else 1, max(_ROW_MULTIPLE, _BLOCK_BYTES // row_bytes)
+    for start in range(0, n_rows, step):
+        yield start, min(start + step, n_rows)
+
+
 def _read(weights: Weights, name: str) -> Iterator[torch.Tensor]:
-    shape = weights.entries[name].shape
-    row_bytes = 4 * max(1, torch.Size(shape[1:]).numel())
-    step = max(_ROW_MULTIPLE, _BLOCK_BYTES // row_bytes)
-    for start in range(0, shape[0], step):
-        yield weights.read_rows(name, start, min(start + step, shape[0]))
+    for start, stop in cut_rows(weights.entries[name].shape):
+        yield weights.read_rows(name, start, stop)

@@ -1,6 +1,6 @@
-"""The proof of a GGUF file: its tensors as planned, its end of a turn as trained, and its answers against its source's.
+"""The proof of a GGUF file: its tensors as planned, its vocabulary as trained, and its answers against its source's.
 
-source ─▶ log-probabilities on disk ─▶ (freed) ─▶ each file in llama.cpp ─▶ KL, top-1, loss
+source ─▶ log-probabilities on disk ─▶ (freed) ─▶ each file in llama.cpp ─▶ ids of texts, then KL, top-1, loss
 """
 
 from __future__ import annotations
@@ -11,30 +11,39 @@ from pathlib import Path
 from typing import Any
 
 from ftcli.data.chat import ChatRenderer, Rendered
-from ftcli.errors import ContentError, FtcliError, UsageError
+from ftcli.errors import ContentError, FtcliError, MemoryExhausted, UsageError, is_memory_error
 from ftcli.evaluate.compare import Recording, compare, record
 from ftcli.evaluate.llama_library import load_library
+from ftcli.evaluate.llamacpp import LlamaCppBackend
+from ftcli.evaluate.parity import TextReader, find_misread, list_probes, spell_documents
 from ftcli.evaluate.subject import Subject, open_subject
 from ftcli.evaluate.verdict import Verdict
 from ftcli.events import Notice, OnEvent, Progress, Stage
 from ftcli.gguf.kind import find_limit
+from ftcli.gguf.reader import VocabularyReader
 from ftcli.gguf.vocabulary import KNOWN_ENDS
 from ftcli.gguf.write import OutputTensor
 from ftcli.merge.verify import BATCH_TOKENS
 from ftcli.store.file import make_folder
-from ftcli.store.gguf_header import check_gguf_data
+from ftcli.store.gguf_header import GgufHeader, check_gguf_data
 from ftcli.store.vocabulary import read_gguf_vocabulary
+
+_MOST_TEXTS = 256
+_MOST_MISREAD = 0.01  # of the rows
 
 
 @dataclass(frozen=True)
 class Verification:
     """What came of it: ``problem`` is what is wrong with the file itself, empty for a sound one.
 
-    ``verdict`` is None where there were no rows, or nothing that runs the file.
+    ``verdict`` is None where there were no rows, or nothing that runs the file; ``n_texts`` were read by the file's
+    vocabulary and gave the tokenizer's ids, but for ``n_misread``.
     """
 
     verdict: Verdict | None = None
     problem: str = ""
+    n_texts: int = 0
+    n_misread: int = 0
 
     @property
     def has_passed(self) -> bool:
@@ -43,26 +52,49 @@ class Verification:
 
     def to_json(self) -> dict[str, Any]:
         """The figures by the names of ``--json``, null where models were not compared."""
-        figures: dict[str, Any] = dict.fromkeys(("kl", "most_kl", "top1", "ppl_source", "ppl_result", "n_tokens"))
+        names = ("kl", "most_kl", "kl_base", "top1", "ppl_source", "ppl_result", "n_tokens")
+        figures: dict[str, Any] = dict.fromkeys(names)
         if self.verdict:
             found = self.verdict.to_json()
             figures = {key: found[key] for key in figures}
-        return {**figures, "passed": self.has_passed, "problem": self.problem or None}
+        texts = {"n_texts": self.n_texts, "n_misread": self.n_misread}
+        return {**figures, **texts, "passed": self.has_passed, "problem": self.problem or None}
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What the source says of some documents, and how those were read."""
+class Expected:
+    """What a file is held against.
 
-    recording: Recording
-    documents: Sequence[Rendered]
-    renderer: ChatRenderer
+    Args:
+        tokenizer: the source's; None where the file has the vocabulary of another GGUF file.
+        renderer: as the model was trained; None where it has no template.
+        is_trained: whether it knows chats exactly as the template writes them.
+        documents: what it is read and measured on; none without rows.
+        recording: what the source says of them; None compares nothing.
+        kl_base: how far its fine-tuning moved the model there, in nats per trained token; None if that is not known.
+        is_4bit: whether its base was held in 4 bits, which the file does not.
+    """
+
+    tokenizer: Any
+    renderer: ChatRenderer | None
+    is_trained: bool = False
+    documents: Sequence[Rendered] = ()
+    recording: Recording | None = None
+    kl_base: float | None = None
+    is_4bit: bool = False
 
 
 def record_source(
-    open_source: Callable[[], Subject], documents: Sequence[Rendered], folder: Path, on_event: OnEvent
-) -> Reference:
-    """What the model says that ``open_source`` loads, in files of ``folder``; it is in memory only meanwhile.
+    open_source: Callable[[], Subject],
+    documents: Sequence[Rendered],
+    folder: Path,
+    on_event: OnEvent,
+    *,
+    measures_base: bool,
+) -> tuple[Recording, float | None]:
+    """What the model says that ``open_source`` loads, and its distance from its base where it brings one.
+
+    It lies in files of ``folder``, and the model is in memory only meanwhile.
 
     Raises:
         MemoryExhausted: it does not fit.
@@ -71,18 +103,13 @@ def record_source(
     make_folder(folder)
     source = open_source()
     recording = record(source.backend, documents, folder, **_measure(on_event))
-    return Reference(recording, documents, source.renderer)
+    if not (measures_base and source.base):
+        return recording, None
+    return recording, compare(recording, source.base.backend, documents, **_measure(on_event)).kl
 
 
 def verify_file(
-    path: Path,
-    kind: str,
-    tensors: Sequence[OutputTensor],
-    renderer: ChatRenderer | None,
-    reference: Reference | None,
-    on_event: OnEvent,
-    *,
-    allowance: float = 0.0,
+    path: Path, kind: str, tensors: Sequence[OutputTensor], expected: Expected, on_event: OnEvent
 ) -> Verification:
     """What the file at ``path`` is worth.
 
@@ -90,45 +117,106 @@ def verify_file(
         path: the file.
         kind: of file, which says what it may lose.
         tensors: what it should hold.
-        renderer: as the model was trained; None where it has no template.
-        reference: of its source; None compares nothing.
+        expected: of its source.
         on_event: told of stages and progress, and why nothing was compared.
-        allowance: what it may be away besides, in nats, because its base is not the one that was trained on.
     """
     on_event(Stage("verify", path.name))
-    if problem := find_problem(path, tensors, renderer):
+    if problem := find_problem(path, tensors, expected):
         return Verification(problem=problem)
-    if reference is None:
-        return Verification()
     try:
-        result = open_subject(str(path), renderer=reference.renderer, on_event=on_event)
-        found = compare(reference.recording, result.backend, reference.documents, **_measure(on_event))
+        result, reader = _open_result(path, expected, on_event)
+        n_texts, n_misread, problem = _read_texts(reader, expected, on_event)
     except (ContentError, UsageError) as error:
-        told = f"{error.what}: {error.why}" if error.why else error.what
-        if _has_library():
-            return Verification(problem=told)
-        on_event(Notice(f"{path.name} is not compared with its source: {told}"))
-        return Verification()
-    return Verification(Verdict(found, limit=find_limit(kind) + allowance))
+        return Verification(problem=_explain(error))
+    if problem or result is None or expected.recording is None:
+        return Verification(None, problem, n_texts, n_misread)
+    found = compare(expected.recording, result.backend, expected.documents, **_measure(on_event))
+    limit = find_limit(kind, expected.kl_base, is_4bit=expected.is_4bit)
+    return Verification(Verdict(found, expected.kl_base, limit), "", n_texts, n_misread)
 
 
-def find_problem(path: Path, tensors: Sequence[OutputTensor], renderer: ChatRenderer | None) -> str:
+def find_problem(path: Path, tensors: Sequence[OutputTensor], expected: Expected) -> str:
     """What is not in the file at ``path`` as it should be; empty for nothing."""
     try:
         header = read_gguf_vocabulary(path)
         check_gguf_data(header, path.stat().st_size, path.name)
     except ContentError as error:
-        return f"{error.what}: {error.why}" if error.why else error.what
+        return _explain(error)
     found = {tensor.name: (tensor.shape, tensor.dtype) for tensor in header.tensors}
     wanted = {tensor.name: (tensor.shape, tensor.dtype) for tensor in tensors}
     if wrong := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
         return f"the tensor {wrong[0]} is not as it was to be written"
+    return _find_wrong_end(header, expected) or _find_wrong_start(header, expected)
+
+
+def _find_wrong_end(header: GgufHeader, expected: Expected) -> str:
+    """Where llama.cpp would not end an answer though a trained turn ends there; empty if it does."""
     stops = {header.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot")}
     texts = header.metadata["tokenizer.ggml.tokens"]
     known = KNOWN_ENDS | {texts[stop] for stop in stops if stop is not None}
-    if (ends := _list_ends(renderer)) and not known.intersection(ends):
-        return f"llama.cpp would not end an answer at {ends[0]}"
+    ends = _list_ends(expected.renderer)
+    return f"llama.cpp would not end an answer at {ends[0]}" if ends and not known.intersection(ends) else ""
+
+
+def _find_wrong_start(header: GgufHeader, expected: Expected) -> str:
+    """What is wrong if a chat would begin with another number of BOS than it was trained with; empty for nothing.
+
+    llama.cpp takes away the BOS that a template writes where it puts one there itself.
+    """
+    if expected.renderer is None or expected.tokenizer is None:
+        return ""
+    bos = expected.tokenizer.bos_token
+    try:
+        written = expected.renderer.template.render([{"role": "user", "content": "a"}], None, prompt=True)
+    except ContentError:
+        return ""
+    if bos and written.startswith(bos * 2):
+        return f"the template writes {bos} twice"
+    adds = header.metadata.get("tokenizer.ggml.add_bos_token")
+    if expected.is_trained and adds and bos and not written.startswith(bos):
+        return f"llama.cpp would begin a chat with {bos}, and it was trained without"
     return ""
+
+
+def _open_result(path: Path, expected: Expected, on_event: OnEvent) -> tuple[Subject | None, TextReader]:
+    """The model of the file, None where nothing here runs it; and its vocabulary.
+
+    Raises:
+        ContentError: llama.cpp refuses the file.
+    """
+    has_library = _has_library()
+    if expected.recording is None and not (has_library and expected.tokenizer):
+        return None, VocabularyReader(path)
+    try:
+        result = open_subject(str(path), renderer=expected.renderer, on_event=on_event)
+    except (FtcliError, RuntimeError, OSError, MemoryError) as error:
+        is_lack = isinstance(error, MemoryExhausted) or is_memory_error(error)
+        if not (is_lack or (isinstance(error, FtcliError) and not has_library)):
+            raise
+        on_event(Notice(f"{path.name} is not compared with its source: {_explain(error)}"))
+        return None, VocabularyReader(path)
+    if isinstance(result.backend, LlamaCppBackend):
+        return result, result.backend.model
+    return result, VocabularyReader(path)
+
+
+def _read_texts(reader: TextReader, expected: Expected, on_event: OnEvent) -> tuple[int, int, str]:
+    """How many texts were read, how many of them otherwise than in training, and what is wrong with that."""
+    if expected.tokenizer is None or expected.renderer is None:
+        return 0, 0, ""
+    probes = list_probes(expected.renderer)
+    if misread := find_misread(reader, expected.tokenizer, probes):
+        return len(probes), len(misread), f"llama.cpp would read texts otherwise: {misread[0].describe()}"
+    rows = spell_documents(expected.tokenizer, expected.documents[:_MOST_TEXTS])
+    misread = find_misread(reader, expected.tokenizer, rows)
+    n_texts = len(probes) + len(rows)
+    if not misread:
+        return n_texts, 0, ""
+    told = f"{len(misread)} of {len(rows)} rows are read otherwise by llama.cpp: {misread[0].describe()}"
+    if len(misread) > _MOST_MISREAD * len(rows):
+        return n_texts, len(misread), told
+    on_event(Notice(told))
+    return n_texts, len(misread), ""
 
 
 def _list_ends(renderer: ChatRenderer | None) -> tuple[str, ...]:
@@ -137,6 +225,10 @@ def _list_ends(renderer: ChatRenderer | None) -> tuple[str, ...]:
         return renderer.find_turn_ends() if renderer else ()
     except FtcliError:
         return ()
+
+
+def _explain(error: BaseException) -> str:
+    return f"{error.what}: {error.why}" if isinstance(error, FtcliError) and error.why else str(error)
 
 
 def _has_library() -> bool:

@@ -12,9 +12,10 @@ The converter's output, except where that would not give the ids or the text tha
 - A tokenizer.model of another vocabulary than tokenizer.json's is not heeded.
 - Whether a text begins with BOS or a blank is told wherever llama.cpp would assume otherwise, and the token that ends a
   turn where it would not know it.
-
-What stays different: where a tokenizer puts a blank before a text only if there is none yet (Metaspace), llama.cpp puts
-it there always, and also behind each control token.
+- llama.cpp puts a blank before a text and behind each control token, or never. A tokenizer that puts it before a text
+  alone (Metaspace, first) has a chat, which begins with a control token, read as with never; where there is no chat
+  template, as with always.
+- A model that was trained on chats without BOS gets none before them.
 """
 
 from __future__ import annotations
@@ -78,7 +79,13 @@ class VocabularyKeys:
 
 
 def build_vocabulary(
-    tokenizer: Any, folder: Path, family: Family, n_rows: int, *, visible: Collection[str] = ()
+    tokenizer: Any,
+    folder: Path,
+    family: Family,
+    n_rows: int,
+    *,
+    visible: Collection[str] = (),
+    is_trained: bool = False,
 ) -> VocabularyKeys:
     """The keys of ``tokenizer`` in the converter's order.
 
@@ -88,6 +95,7 @@ def build_vocabulary(
         family: the model's.
         n_rows: rows of the embedding; ids that no token has are filled up to there.
         visible: added tokens that are words, and must be seen in an answer whatever they look like.
+        is_trained: whether the model knows chats exactly as the template writes them.
 
     Raises:
         ContentError: a kind of tokenizer that llama.cpp does not read, or one that is larger than the embedding and
@@ -102,11 +110,13 @@ def build_vocabulary(
     tokens = _list_tokens(document, folder, family, visible, is_pieces)
     left_out = tuple(tokens[i].text for i in sorted(tokens) if i >= n_rows)
     _check_left_out(left_out, tokenizer, folder)
+    first = _find_first_token(tokenizer)
+    prepends = _prepends_blank(document, is_chat=first is not None)
 
     keys: dict[str, Value] = {}
     prefix = settings.get("add_prefix_space")
     if family.writes_prefix and prefix is not None:
-        keys["tokenizer.ggml.add_space_prefix"] = _prepends_blank(document) if is_pieces else bool(prefix)
+        keys["tokenizer.ggml.add_space_prefix"] = prepends if is_pieces else bool(prefix)
     keys["tokenizer.ggml.model"] = "llama" if is_pieces else "gpt2"
     keys["tokenizer.ggml.pre"] = pre
     keys |= _write_tokens([tokens.get(i, Token(f"[PAD{i}]", _UNUSED, _UNUSED_SCORE)) for i in range(n_rows)], is_pieces)
@@ -115,10 +125,12 @@ def build_vocabulary(
     keys |= _list_special_ids(tokenizer, folder, settings, n_rows)
     keys |= _list_added_ends(tokenizer, document, settings, pre)
     keys["tokenizer.chat_template"] = _read_template(tokenizer)
-    if is_pieces and not _prepends_blank(document):
+    if is_pieces and not prepends:
         keys["tokenizer.ggml.add_space_prefix"] = False
     if family.writes_prefix and n_rows == _SMOLLM_SIZE:
         keys["tokenizer.ggml.add_bos_token"] = _adds(tokenizer, tokenizer.bos_token_id, 0)
+    if is_trained and first not in (None, tokenizer.bos_token) and _adds(tokenizer, tokenizer.bos_token_id, 0):
+        keys["tokenizer.ggml.add_bos_token"] = False
     return VocabularyKeys({key: value for key, value in keys.items() if value not in ("", [])}, left_out)
 
 
@@ -331,11 +343,25 @@ def _adds(tokenizer: Any, token: int | None, place: int) -> bool:
     return token is not None and ids[place] == token
 
 
-def _prepends_blank(document: Mapping[str, Any]) -> bool:
-    """Whether a text is read as if a blank stood before it."""
+def _find_first_token(tokenizer: Any) -> str | None:
+    """The added token with which a chat begins; None where it begins with none, or there is no template."""
+    if not isinstance(tokenizer.chat_template, str):
+        return None
+    renderer = ChatRenderer(tokenizer)
+    try:
+        text = renderer.template.render([{"role": "user", "content": "a"}], None, prompt=True)
+    except ContentError:
+        return None
+    found = renderer.encoder.added.match(text)
+    return found.group() if found else None
+
+
+def _prepends_blank(document: Mapping[str, Any], *, is_chat: bool) -> bool:
+    """Whether a text is read as if a blank stood before it, and before what follows a control token."""
+    schemes = ("never", "first") if is_chat else ("never",)
     parts = [document.get("normalizer") or {}, document.get("pre_tokenizer") or {}]
     parts += [step for part in parts for key in ("normalizers", "pretokenizers") for step in part.get(key, [])]
     return any(
-        part.get("type") == "Prepend" or (part.get("type") == "Metaspace" and part.get("prepend_scheme") != "never")
+        part.get("type") == "Prepend" or (part.get("type") == "Metaspace" and part.get("prepend_scheme") not in schemes)
         for part in parts
     )

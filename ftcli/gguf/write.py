@@ -34,7 +34,14 @@ class Int32(int):
     """A number that llama.cpp reads as a signed one."""
 
 
-Value = bool | int | float | str | bytes | Sequence[int] | Sequence[float] | Sequence[str]
+@dataclass(frozen=True)
+class Raw:
+    """A value as another file holds it: its type, and what follows that."""
+
+    data: bytes
+
+
+Value = bool | int | float | str | bytes | Raw | Sequence[int] | Sequence[float] | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,8 @@ def _build_head(keys: Mapping[str, Value], tensors: Sequence[OutputTensor]) -> b
 
 def _pack_value(value: Value) -> list[bytes]:
     """Type and bytes of a value; Python's own types say which one it is."""
+    if isinstance(value, Raw):
+        return [value.data]
     if isinstance(value, str | bytes):
         return [struct.pack("<I", _STRING), _pack_text(value)]
     if isinstance(value, Sequence):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -32,12 +32,14 @@ def build_card(
     return "\n".join(lines)
 
 
-def build_front(base: str) -> list[str]:
+def build_front(
+    base: str, *, library: str = "transformers", tags: Sequence[str] = ("ftcli", "lora", "merged")
+) -> list[str]:
     """The lines of the front matter of a model that was made from ``base``."""
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if "://" not in base and not base.startswith(("/", ".", "~")):
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
+    if base and "://" not in base and not base.startswith(("/", ".", "~")):
         front["base_model"] = base
-    front["tags"] = ["ftcli", "lora", "merged"]
+    front["tags"] = list(tags)
     return ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", ""]
 
 

@@ -274,6 +274,9 @@ class Merging:
             "parent": self.source.name,
             "adapter_sha256": hash_file(next(self.source.adapter.glob("adapter_model.*"))),
             **{key: self.source.manifest.get(key) for key in ("tokenizer_sha256", "template_sha256", "data_sha256")},
+            "template_date": self.source.manifest.get("template_date"),
+            "chat_template_kwargs": self.source.template_kwargs,
+            "added_tokens": list(self.source.added_tokens),
             **{key: value for key, value in merged.to_json().items() if key in ("dtype", "onto", "delta", "modules")},
             "verify": merged.verification.to_json() if merged.verification else None,
         }

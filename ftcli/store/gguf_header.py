@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -101,13 +102,15 @@ class TensorInfo:
 class GgufHeader:
     """What a GGUF file says of itself; a skipped array stands as its length.
 
-    ``data_offset`` is the position at which the data of the tensors begin.
+    ``data_offset`` is the position at which the data of the tensors begin; ``spans`` are those between which the type
+    and value of each key lie.
     """
 
     metadata: dict[str, Any]
     tensors: tuple[TensorInfo, ...]
     data_offset: int = 0
     alignment: int = _ALIGNMENT
+    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
@@ -134,7 +137,7 @@ def read_gguf_header(path: Path, *, keep: int = 64, skip: tuple[str, ...] = ()) 
         try:
             _check_version(reader, str(path))
             n_tensors, n_keys = reader.count(_MOST_TENSORS), reader.count(_MOST_KEYS)
-            metadata = _read_metadata(reader, n_keys, keep, skip)
+            metadata, spans = _read_metadata(reader, n_keys, keep, skip)
             tensors = _read_tensors(reader, n_tensors)
             alignment = metadata.get("general.alignment", _ALIGNMENT)
             if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
@@ -146,7 +149,7 @@ def read_gguf_header(path: Path, *, keep: int = 64, skip: tuple[str, ...] = ()) 
                 why=f"{error}, before byte {reader.position}",
                 hint=COPY_AGAIN,
             ) from error
-        return GgufHeader(metadata, tensors, -(-reader.position // alignment) * alignment, alignment)
+        return GgufHeader(metadata, tensors, -(-reader.position // alignment) * alignment, alignment, spans)
 
 
 def check_gguf_data(header: GgufHeader, size_bytes: int, where: str) -> None:
@@ -202,14 +205,19 @@ def _check_version(reader: _Reader, where: str) -> None:
         )
 
 
-def _read_metadata(reader: _Reader, n_keys: int, keep: int, skip: tuple[str, ...]) -> dict[str, Any]:
+def _read_metadata(
+    reader: _Reader, n_keys: int, keep: int, skip: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
     metadata: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for _ in range(n_keys):
         key = reader.string()
         if key in metadata:
             raise _Damaged(f"the key {key[:80]!a} stands twice")
+        begin = reader.position
         metadata[key] = reader.value(reader.scalar("I"), -1 if key in skip else keep)
-    return metadata
+        spans[key] = begin, reader.position
+    return metadata, spans
 
 
 def _read_tensors(reader: _Reader, n_tensors: int) -> tuple[TensorInfo, ...]:

@@ -53,6 +53,7 @@ def _describe_origin(prepared: Prepared) -> dict[str, Any]:
         "dtype": name_dtype(recipe.model),
         "quantization": recipe.quantization.model_dump() if recipe.quantization and recipe.is_4bit else None,
         "chat_template_kwargs": dict(recipe.tokenizer.chat_template_kwargs),
+        "added_tokens": list(recipe.tokenizer.add_tokens),
     }
 
 

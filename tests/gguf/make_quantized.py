@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cyllama.llama.llama_cpp import LlamaModelQuantizeParams, model_quantize
 from gguf_models import QUANTIZED, write_model
 
-from ftcli.gguf.convert import KINDS, convert
+from ftcli.gguf.convert import convert
+from ftcli.gguf.draft import KINDS
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ from ftcli.errors import ContentError, FtcliError, NumericError
 from ftcli.evaluate.llama_library import LlamaModel, load_library
 from ftcli.events import Progress
 from ftcli.gguf.ahead import run_ahead
-from ftcli.gguf.convert import KINDS, convert
+from ftcli.gguf.convert import convert
+from ftcli.gguf.draft import KINDS
 from ftcli.gguf.encode import encode_block
 from ftcli.gguf.kquant import SCALES
 from ftcli.gguf.source import OpenSource, SourceTensor, open_folder
@@ -68,21 +70,27 @@ def test_forecast_is_to_the_byte(tmp_path: Path, open_case: Callable[[str], Path
     header = read_gguf_header(result.path)
     data_bytes = result.size_bytes - header.data_offset
     assert data_bytes == forecast["q3_k_m"]
-    assert result.types == Counter(tensor.dtype for tensor in header.tensors)
+    types: Counter[str] = Counter()
+    for tensor in header.tensors:
+        types[tensor.dtype] += math.prod(tensor.shape)
+    assert result.types == types
     assert result.bits_per_weight == pytest.approx(8 * data_bytes / result.n_parameters, rel=0.001)
-    n_quantized = sum(len(tensor.shape) > 1 for tensor in header.tensors)
-    assert result.n_fallbacks == (0 if case in ("wide", "wide, untied", "phi3") else n_quantized)
+    quantized = sum(n for name, n in types.items() if name != "F32") / result.n_parameters
+    assert result.fallback == (0 if case in ("wide", "wide, untied", "phi3") else quantized)
 
 
 def test_types_of_32_values_only_miss_the_row_of_the_head(tmp_path: Path, open_case: Callable[[str], Path]) -> None:
     results = {kind: convert(open_case("narrow"), tmp_path / "a.gguf", kind=kind) for kind in ("q8_0", "q4_0", "bf16")}
-    assert [result.n_fallbacks for result in results.values()] == [0, 1, 0]
-    assert results["q4_0"].types == {"F32": 5, "Q8_0": 1, "Q4_0": 14}
+    head = results["q4_0"].types["Q8_0"]
+    assert head == 272 * 64
+    assert [result.fallback * result.n_parameters for result in results.values()] == [0, head, 0]
+    assert results["q4_0"].types.keys() == {"F32", "Q8_0", "Q4_0"}
 
 
 def test_rows_that_no_block_fits_are_f16(tmp_path: Path, open_case: Callable[[str], Path]) -> None:
     result = convert(open_case("narrow, odd"), tmp_path / "a.gguf", kind="q8_0")  # which llama.cpp did not know in 2025
-    assert (result.types, result.n_fallbacks) == ({"F32": 5, "Q8_0": 13, "F16": 2}, 2)
+    assert result.types.keys() == {"F32", "Q8_0", "F16"}
+    assert result.fallback == result.types["F16"] / result.n_parameters
 
 
 @pytest.mark.parametrize("n_threads", [1, 5])
@@ -97,7 +105,7 @@ def test_bytes_do_not_depend_on_threads_and_blocks(
         return SourceTensor(tensor.name, tensor.shape, make_blocks)
 
     monkeypatch.setattr("ftcli.gguf.convert.count_threads", lambda: n_threads)
-    monkeypatch.setattr("ftcli.gguf.convert._BLOCK_VALUES", 5000)
+    monkeypatch.setattr("ftcli.gguf.draft._BLOCK_VALUES", 5000)
     before = torch.get_num_threads()
     source = open_folder(open_case("wide"))
     source = OpenSource(source.folder, tuple(map(cut, source.tensors)))

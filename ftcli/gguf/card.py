@@ -1,0 +1,53 @@
+"""The README.md beside GGUF files: what they are, what they were made from, and what each of them lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ftcli.merge.card import build_front
+
+_MEANING = (
+    "KL is how far the next-token distribution of the file, run by llama.cpp, is from that of its source, in nats per",
+    "trained token, and the bound is what its type may lose; top-1 is the share of tokens for which both find the same",
+    "one the most probable.",
+)
+_KEPT_TYPES = 4  # of a file's mixture; the others are named together
+
+
+def build_card(manifest: Mapping[str, Any], *, datasets: Sequence[str], has_modelfile: bool) -> str:
+    """Markdown with the front matter that the Hub reads, from the manifest of an export."""
+    name, exports = manifest["name"], manifest["exports"]
+    base = (manifest.get("base") or {}).get("id", "")
+    origin = f"`{base}`, fine-tuned with ftcli" if base else f"`{manifest['source']}`"
+    lines = [*build_front(base, library="gguf", tags=("ftcli", "gguf")), f"# {name} (GGUF)", ""]
+    lines += [f"{origin}, as GGUF for llama.cpp, Ollama, LM Studio and what is built on them.", ""]
+    if datasets:
+        lines += [f"Trained on: {', '.join(f'`{path}`' for path in datasets)}.", ""]
+    lines += ["## Files", "", "| file | GB | bits per weight | KL (nats) | bound | top-1 | perplexity |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    lines += [_describe_file(entry, manifest["files"]) for entry in exports.values()]
+    lines += ["", *_MEANING, "", "Their types, by share of the weights:", ""]
+    lines += [f"- {kind}: {list_types(entry['types'])}" for kind, entry in exports.items()]
+    first = next(iter(exports.values()))["file"]
+    lines += ["", "## Use", "", "```console", f"$ llama-cli -m {first} -cnv"]
+    lines += [f"$ ollama create {name.lower()} -f Modelfile"] if has_modelfile else []
+    return "\n".join([*lines, "```", ""])
+
+
+def list_types(types: Mapping[str, float]) -> str:
+    """The mixture of a file: GGUF's types with their shares of the weights, the largest first."""
+    shown = [f"{name} {share:.0%}" for name, share in types.items() if share >= 0.005]
+    return ", ".join(shown[:_KEPT_TYPES])
+
+
+def _describe_file(entry: Mapping[str, Any], files: Mapping[str, Any]) -> str:
+    size_bytes, found = files[entry["file"]]["bytes"], entry["verify"] or {}
+    cells = [f"`{entry['file']}`", f"{size_bytes / 1e9:.3f}", f"{entry['bits_per_weight']:.2f}"]
+    if found.get("kl") is None:
+        problem = found.get("problem")
+        return f"| {' | '.join([*cells, f'**{problem}**' if problem else 'not compared', '', '', ''])} |"
+    state = "" if found["passed"] else " **failed**"
+    cells += [f"{found['kl']:.4f}{state}", f"{found['most_kl']:.3g}", f"{found['top1']:.2%}"]
+    cells.append(f"{found['ppl_source']:.4g} → {found['ppl_result']:.4g}")
+    return f"| {' | '.join(cells)} |"
