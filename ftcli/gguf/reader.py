@@ -106,7 +106,9 @@ class VocabularyReader:
             words = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         elif pre not in _PLAIN_PRE:
             raise ContentError(f"the pre-tokenizer {pre} is not read")
-        merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
+        pairs = (merge.partition(" ") for merge in metadata.get("tokenizer.ggml.merges", []))
+        known = self._ids.keys()
+        merges = [(first, second) for first, _, second in pairs if {first, second, first + second} <= known]
         model = Tokenizer(models.BPE(self._ids, merges, ignore_merges=pre in _WHOLE_WORD_PRE))
         model.pre_tokenizer = words
         return lambda text, is_first: model.encode(text, add_special_tokens=False).ids
