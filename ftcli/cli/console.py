@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from ftcli.errors import FtcliError, VerificationFailed
 from ftcli.events import EvalDone, Event, Notice, OnEvent, Progress, Sampled, Saved, Stage, StepDone
 
 if TYPE_CHECKING:
-    from ftcli.gguf.export import ExportedFile
+    from ftcli.gguf.export import Exported
     from ftcli.jobs.environment import Environment
     from ftcli.jobs.summary import RunSummary
     from ftcli.merge.run import Merged
@@ -216,14 +216,14 @@ def show_merged(merged: Merged, *, as_json: bool) -> None:
     _show_artifact("merge", merged.to_json(), list_merge(merged), explain_failure(merged), as_json=as_json)
 
 
-def show_exported(files: Sequence[ExportedFile], *, as_json: bool) -> None:
+def show_exported(made: Exported, *, as_json: bool) -> None:
     """Nothing; what came of an export is on stdout.
 
     Raises:
         VerificationFailed: a file is not the model that it was made from.
     """
-    document, lines = exported.build_document(files), exported.list_export(files)
-    _show_artifact("export", document, lines, exported.explain_failure(files), as_json=as_json)
+    document, lines = exported.build_document(made), exported.list_export(made)
+    _show_artifact("export", document, lines, exported.explain_failure(made.files), as_json=as_json)
 
 
 def _show_artifact(

@@ -37,7 +37,7 @@ def export(
     with console.reporting(quiet=quiet or json, verbose=verbose) as on_event:
         from ftcli.gguf.export import export as run_export
 
-        files = run_export(
+        made = run_export(
             target,
             kinds=gguf or [],
             output=output,
@@ -46,4 +46,4 @@ def export(
             overwrite=overwrite,
             on_event=on_event,
         )
-    console.show_exported(files, as_json=json)
+    console.show_exported(made, as_json=json)

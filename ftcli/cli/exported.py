@@ -10,28 +10,29 @@ from ftcli.cli.outcome import format_bytes
 from ftcli.errors import VerificationFailed
 
 if TYPE_CHECKING:
-    from ftcli.gguf.export import ExportedFile
+    from ftcli.gguf.export import Exported, ExportedFile
 
 _HEAD = f"  {'type':<7}{'size':>9} {'bits':>6}  {'KL':>8} {'bound':>6} {'top-1':>7}  perplexity"
 
 
-def build_document(files: Sequence[ExportedFile]) -> dict[str, Any]:
+def build_document(exported: Exported) -> dict[str, Any]:
     """The document of ``--json``; its ``verify`` is that of the worst file."""
-    worst = find_worst(files)
+    files, worst = exported.files, find_worst(exported.files)
     return {
-        "source": files[0].source,
-        "output": str(files[0].path.parent),
+        "source": exported.source,
+        "output": str(exported.output),
         "bytes": sum(file.size_bytes for file in files),
         "files": [file.to_json() for file in files],
         "verify": worst.verification.to_json() if worst and worst.verification else None,
     }
 
 
-def list_export(files: Sequence[ExportedFile]) -> Iterator[str]:
+def list_export(exported: Exported) -> Iterator[str]:
     """Yields the lines, of at most 80 columns but for names and paths."""
     from ftcli.gguf.card import list_types
 
-    yield f"{files[0].source}: {len(files)} GGUF {'file' if len(files) == 1 else 'files'}"
+    files = exported.files
+    yield f"{exported.source}: {len(files)} GGUF {'file' if len(files) == 1 else 'files'}"
     yield _HEAD
     for file in files:
         yield f"  {file.kind:<7}{format_bytes(file.size_bytes):>9} {file.bits_per_weight:>6.2f}  {_describe(file)}"

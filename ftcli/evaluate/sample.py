@@ -9,8 +9,8 @@ import numpy as np
 
 from ftcli.data.chat import ChatRenderer, Rendered
 from ftcli.data.limits import read_limits
-from ftcli.data.loader import DataSplit, DocumentSet, Part, Reading, build_set, load_split
-from ftcli.errors import ContentError, UsageError
+from ftcli.data.loader import DataSplit, DocumentSet, Part, Reading, build_set, find_section, load_split, read_section
+from ftcli.errors import ContentError, FtcliError, UsageError
 from ftcli.evaluate.loss import count_targets, list_lengths
 from ftcli.evaluate.target import Target
 from ftcli.events import Notice, OnEvent
@@ -119,6 +119,17 @@ def load_file_rows(
     if not documents:
         raise ContentError("no row of it has a token that would be trained on, and fits the context", where=path)
     return {"data": documents}
+
+
+def find_common_system(recipe: Recipe) -> str:
+    """The system text with which every conversation of a run began; empty where they differ, or cannot be read."""
+    try:
+        examples = [e for section in recipe.datasets for e in read_section(section, find_section(section))]
+    except FtcliError:
+        return ""
+    first = [e.messages[0] if e.messages else None for e in examples]
+    texts = {message.content or "" if message and message.role == "system" else "" for message in first}
+    return texts.pop() if len(texts) == 1 else ""
 
 
 def choose_documents(documents: Sequence[Rendered], most_tokens: int, context: int | None) -> list[Rendered]:

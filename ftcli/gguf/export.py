@@ -77,6 +77,24 @@ class ExportedFile:
         }
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What came of an export: the files in the order in which they were asked for.
+
+    ``name`` is what Ollama may call the model; ``modelfile`` is None where none was written.
+    """
+
+    source: str
+    name: str
+    files: tuple[ExportedFile, ...]
+    modelfile: Path | None = None
+
+    @property
+    def output(self) -> Path:
+        """The folder of the files."""
+        return self.files[0].path.parent
+
+
 def export(
     target: str | None = None,
     *,
@@ -86,8 +104,8 @@ def export(
     verifies: bool = True,
     overwrite: bool = False,
     on_event: OnEvent = ignore_event,
-) -> tuple[ExportedFile, ...]:
-    """The files that llama.cpp runs, one of each kind, in the order of ``kinds``.
+) -> Exported:
+    """The files that llama.cpp runs, one of each kind.
 
     Args:
         target: a run, an adapter, or a model (folder, Hub id, GGUF file in 16 or 32 bits); None is the newest finished
@@ -131,9 +149,7 @@ class _Exporting:
         self.target, self.place, self.scratch, self.on_event = target, place, scratch, on_event
         self.renderer = self._find_renderer()
 
-    def carry_out(
-        self, kinds: Sequence[str], data: str | None, verifies: bool, check: Callable[[], None]
-    ) -> tuple[ExportedFile, ...]:
+    def carry_out(self, kinds: Sequence[str], data: str | None, verifies: bool, check: Callable[[], None]) -> Exported:
         documents = self._load_rows(data) if verifies else []
         draft = self._open_draft()
         self._check_disk(draft, kinds, documents)
@@ -150,9 +166,9 @@ class _Exporting:
         expected = self._expect(draft, kinds, documents) if verifies else None
         release_models()
         check()
-        exported = tuple(self._finish(kind, files[kind], draft, expected) for kind in kinds)
+        finished = tuple(self._finish(kind, files[kind], draft, expected) for kind in kinds)
         self._write_card()
-        return exported
+        return Exported(self.target.name, self.place.name, finished)
 
     def _open_draft(self) -> Draft:
         """The model under its own name, from which the files' metadata follow."""

@@ -115,8 +115,8 @@ def test_what_a_person_reads_fits_80_columns(run: RunFolder) -> None:
 
 def test_a_run_gives_the_file_of_its_merged_folder(run: RunFolder, tmp_path: Path) -> None:
     merge("run", output=tmp_path / "elsewhere" / "run", verifies=False)
-    (first,) = export("run", kinds=["f16"], verifies=False)
-    (second,) = export("elsewhere/run", kinds=["f16"], verifies=False)
+    (first,) = export("run", kinds=["f16"], verifies=False).files
+    (second,) = export("elsewhere/run", kinds=["f16"], verifies=False).files
     assert second.path == Path("run-gguf/run-F16.gguf")
     assert first.path.read_bytes() == second.path.read_bytes()
     assert (
@@ -128,7 +128,7 @@ def test_folders_lone_adapters_and_whole_runs_are_exported(
     run: RunFolder, tiny_model: Path, tmp_path: Path, write_recipe: Any, make_adapter: Any
 ) -> None:
     told: list[Event] = []
-    (file,) = export(str(tiny_model), kinds=["f32"], on_event=told.append)
+    (file,) = export(str(tiny_model), kinds=["f32"], on_event=told.append).files
     assert file.path == Path("llama-gguf/llama-F32.gguf")
     assert file.verification is not None
     assert file.verification.verdict is None
@@ -142,7 +142,7 @@ def test_folders_lone_adapters_and_whole_runs_are_exported(
         if not name:
             shutil.copytree(tiny_model, tmp_path / "llama")
             target, name = "llama", "llama-gguf/llama"
-        (file,) = export(target, kinds=["f16"], data=rows, on_event=told.append)
+        (file,) = export(target, kinds=["f16"], data=rows, on_event=told.append).files
         assert file.path.resolve() == (tmp_path / f"{name}-F16.gguf").resolve()
         assert file.verification is not None
         assert file.verification.verdict is not None
@@ -229,7 +229,7 @@ def test_the_hint_of_a_failure_names_what_would_do() -> None:
 
 def test_a_gguf_file_in_16_bits_is_exported_and_a_rounded_one_is_not(run: RunFolder, write_rows: Any) -> None:
     rows = str(write_rows())
-    original, direct = export("run", kinds=["f32", "q8_0"], verifies=False)
+    original, direct = export("run", kinds=["f32", "q8_0"], verifies=False).files
     result = invoke(str(original.path), "--gguf", "q8_0", "--json", "--data", rows)
     assert result.exit_code == 0, result.output
     (file,) = json.loads(result.stdout)["files"]
@@ -319,7 +319,7 @@ def test_without_llama_cpp_a_file_that_nothing_reads_is_not_compared(
     monkeypatch.setattr("ftcli.gguf.verify.open_subject", refuse)
     monkeypatch.setattr("ftcli.gguf.verify.load_library", refuse)
     told: list[Event] = []
-    (file,) = export("run", kinds=["f16"], on_event=told.append)
+    (file,) = export("run", kinds=["f16"], on_event=told.append).files
     assert file.verification is not None
     assert (file.verification.verdict, file.verification.has_passed) == (None, True)
     assert any(isinstance(event, Notice) and "not compared" in event.text for event in told)
