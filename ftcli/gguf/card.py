@@ -15,8 +15,8 @@ _MEANING = (
 _KEPT_TYPES = 4  # of a file's mixture; the others are named together
 
 
-def build_card(manifest: Mapping[str, Any], *, datasets: Sequence[str], has_modelfile: bool) -> str:
-    """Markdown with the front matter that the Hub reads, from the manifest of an export."""
+def build_card(manifest: Mapping[str, Any], *, first: str, datasets: Sequence[str], has_modelfile: bool) -> str:
+    """Markdown with the front matter that the Hub reads, from the manifest of an export; ``first`` is what to run."""
     name, exports = manifest["name"], manifest["exports"]
     base = (manifest.get("base") or {}).get("id", "")
     origin = f"`{base}`, fine-tuned with ftcli" if base else f"`{manifest['source']}`"
@@ -29,7 +29,6 @@ def build_card(manifest: Mapping[str, Any], *, datasets: Sequence[str], has_mode
     lines += [_describe_file(entry, manifest["files"]) for entry in exports.values()]
     lines += ["", *_MEANING, "", "Their types, by share of the weights:", ""]
     lines += [f"- {kind}: {list_types(entry['types'])}" for kind, entry in exports.items()]
-    first = next(iter(exports.values()))["file"]
     lines += ["", "## Use", "", "```console", f"$ llama-cli -m {first} -cnv"]
     lines += [f"$ ollama create {name.lower()} -f Modelfile"] if has_modelfile else []
     return "\n".join([*lines, "```", ""])

@@ -167,7 +167,7 @@ class _Exporting:
         release_models()
         check()
         finished = tuple(self._finish(kind, files[kind], draft, expected) for kind in kinds)
-        self._write_card()
+        self._write_card(finished[0].path.name)
         return Exported(self.target.name, self.place.name, finished)
 
     def _open_draft(self) -> Draft:
@@ -250,10 +250,10 @@ class _Exporting:
         except FtcliError:  # the tokenizer of a GGUF file cannot always be rebuilt
             return None
 
-    def _write_card(self) -> None:
+    def _write_card(self, first: str) -> None:
         manifest, recipe = read_json(self.place.folder / MANIFEST) or {}, self.target.recipe
         datasets = [Path(section.path).name for section in recipe.datasets] if recipe else []
-        card = build_card(manifest, datasets=datasets, has_modelfile=False)
+        card = build_card(manifest, first=first, datasets=datasets, has_modelfile=False)
         with disk_errors(self.place.folder):
             write_text(self.place.folder / "README.md", card)
 

@@ -18,8 +18,9 @@ from ftcli.gguf.source import cut_rows
 from ftcli.gguf.write import Raw
 from ftcli.model.precision import Ratios, shares_values
 from ftcli.model.stored import read_rows
-from ftcli.store.gguf_header import GgufHeader, check_gguf_data, read_gguf_header
+from ftcli.store.gguf_header import GgufHeader, check_gguf_data
 from ftcli.store.tensor import TensorEntry, open_weights
+from ftcli.store.vocabulary import read_gguf_vocabulary
 
 _PLAIN_TYPES = ("F32", "F16", "BF16")
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3")  # whose mixtures are known here
@@ -32,7 +33,7 @@ def draft_gguf(path: Path) -> Draft:
     Raises:
         ContentError: it is damaged, one of several parts, of an unknown family, or its weights are rounded already.
     """
-    header = read_gguf_header(path)
+    header = read_gguf_vocabulary(path)  # all of it, so that damage is told before anything is written
     check_gguf_data(header, path.stat().st_size, str(path))
     _check(header, str(path))
     keys = {key: value for key, value in _read_keys(path, header).items() if not key.startswith(_PARTS)}

@@ -47,7 +47,8 @@ class VocabularyReader:
     def __init__(self, path: Path) -> None:
         metadata = read_gguf_header(path, keep=1 << 22).metadata
         kind = metadata.get("tokenizer.ggml.model")
-        if kind not in ("gpt2", "llama"):
+        needed = {"tokenizer.ggml.tokens", "tokenizer.ggml.token_type"}
+        if kind not in ("gpt2", "llama") or not needed <= metadata.keys():
             raise ContentError(f"a vocabulary of the kind {kind} is not read", where=str(path))
         self.tokens: list[str] = metadata["tokenizer.ggml.tokens"]
         self._ids = {text: i for i, text in enumerate(self.tokens)}

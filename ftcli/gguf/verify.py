@@ -124,8 +124,8 @@ def verify_file(
     if problem := find_problem(path, tensors, expected):
         return Verification(problem=problem)
     try:
-        result, reader = _open_result(path, expected, on_event)
-        n_texts, n_misread, problem = _read_texts(reader, expected, on_event)
+        result = _open_result(path, expected, on_event)
+        n_texts, n_misread, problem = _read_texts(path, result, expected, on_event)
     except (ContentError, UsageError) as error:
         return Verification(problem=_explain(error))
     if problem or result is None or expected.recording is None:
@@ -151,9 +151,10 @@ def find_problem(path: Path, tensors: Sequence[OutputTensor], expected: Expected
 
 def _find_wrong_end(header: GgufHeader, expected: Expected) -> str:
     """Where llama.cpp would not end an answer though a trained turn ends there; empty if it does."""
-    stops = {header.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot")}
-    texts = header.metadata["tokenizer.ggml.tokens"]
-    known = KNOWN_ENDS | {texts[stop] for stop in stops if stop is not None}
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    texts = dict(enumerate(tokens if isinstance(tokens, list) else ()))
+    stops = [header.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot")]
+    known = KNOWN_ENDS | {texts[stop] for stop in stops if isinstance(stop, int) and stop in texts}
     ends = _list_ends(expected.renderer)
     return f"llama.cpp would not end an answer at {ends[0]}" if ends and not known.intersection(ends) else ""
 
@@ -178,32 +179,34 @@ def _find_wrong_start(header: GgufHeader, expected: Expected) -> str:
     return ""
 
 
-def _open_result(path: Path, expected: Expected, on_event: OnEvent) -> tuple[Subject | None, TextReader]:
-    """The model of the file, None where nothing here runs it; and its vocabulary.
+def _open_result(path: Path, expected: Expected, on_event: OnEvent) -> Subject | None:
+    """The model of the file; None where nothing here runs it, or nothing is to be learned from that.
 
     Raises:
         ContentError: llama.cpp refuses the file.
     """
     has_library = _has_library()
     if expected.recording is None and not (has_library and expected.tokenizer):
-        return None, VocabularyReader(path)
+        return None
     try:
-        result = open_subject(str(path), renderer=expected.renderer, on_event=on_event)
+        return open_subject(str(path), renderer=expected.renderer, on_event=on_event)
     except (FtcliError, RuntimeError, OSError, MemoryError) as error:
         is_lack = isinstance(error, MemoryExhausted) or is_memory_error(error)
         if not (is_lack or (isinstance(error, FtcliError) and not has_library)):
             raise
         on_event(Notice(f"{path.name} is not compared with its source: {_explain(error)}"))
-        return None, VocabularyReader(path)
-    if isinstance(result.backend, LlamaCppBackend):
-        return result, result.backend.model
-    return result, VocabularyReader(path)
+    return None
 
 
-def _read_texts(reader: TextReader, expected: Expected, on_event: OnEvent) -> tuple[int, int, str]:
-    """How many texts were read, how many of them otherwise than in training, and what is wrong with that."""
+def _read_texts(path: Path, result: Subject | None, expected: Expected, on_event: OnEvent) -> tuple[int, int, str]:
+    """How many texts were read, how many of them otherwise than in training, and what is wrong with that.
+
+    llama.cpp reads them where it runs the file, else this reads its vocabulary.
+    """
     if expected.tokenizer is None or expected.renderer is None:
         return 0, 0, ""
+    backend = result.backend if result else None
+    reader: TextReader = backend.model if isinstance(backend, LlamaCppBackend) else VocabularyReader(path)
     probes = list_probes(expected.renderer)
     if misread := find_misread(reader, expected.tokenizer, probes):
         return len(probes), len(misread), f"llama.cpp would read texts otherwise: {misread[0].describe()}"

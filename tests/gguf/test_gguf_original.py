@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -13,12 +15,13 @@ from typing import Any
 import pytest
 from gguf_models import QUANTIZED, write_model
 
-from ftcli.errors import ContentError
+from ftcli.errors import ContentError, FtcliError
 from ftcli.gguf.convert import convert
 from ftcli.gguf.draft import draft_model
 from ftcli.gguf.original import draft_gguf
 from ftcli.gguf.source import open_folder
 from ftcli.gguf.write import write_gguf
+from ftcli.store.gguf_header import read_gguf_header
 
 HASHES = json.loads(Path(__file__).with_name("quantized.json").read_text())
 
@@ -66,6 +69,36 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, open_case: Callable[[
     path.write_bytes(path.read_bytes()[:-64])
     with pytest.raises(ContentError, match="cut off"):
         draft_gguf(path)
+
+
+@pytest.mark.parametrize("n_mutants", [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_a_damaged_header_is_an_error_or_a_file(
+    tmp_path: Path, open_case: Callable[[str], Path], n_mutants: int
+) -> None:
+    good = convert(open_case("narrow"), tmp_path / "a.gguf", kind="f16").path.read_bytes()
+    end = read_gguf_header(tmp_path / "a.gguf").data_offset
+    rng = random.Random(n_mutants)
+    outcomes = Counter[str]()
+    for _ in range(n_mutants):
+        mutant = bytearray(good)
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            at, way = rng.randrange(end), rng.randrange(4)
+            if way == 0:
+                mutant[at] = rng.randrange(256)
+            elif way == 1:
+                mutant[at : at + 8] = rng.choice((0, 1, 1 << 32, (1 << 64) - 1)).to_bytes(8, "little")
+            elif way == 2:
+                del mutant[at : at + rng.randrange(1, 40)]
+            else:
+                mutant[at:at] = rng.randbytes(rng.randrange(1, 20))
+        (tmp_path / "b.gguf").write_bytes(mutant)
+        try:
+            convert(draft_gguf(tmp_path / "b.gguf"), tmp_path / "c.gguf", kind="q8_0")
+            outcomes["file"] += 1
+        except FtcliError as error:
+            outcomes[type(error).__name__] += 1
+    assert outcomes["ContentError"] > n_mutants // 2
+    assert outcomes["file"] > 0
 
 
 def test_a_key_of_another_kind_of_value_is_kept_to_the_byte(tmp_path: Path, open_case: Callable[[str], Path]) -> None:
