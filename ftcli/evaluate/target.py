@@ -18,11 +18,11 @@ from ftcli.data.tokenizer import load_tokenizer
 from ftcli.errors import ContentError, HubError, UsageError
 from ftcli.recipe import ModelSection, QuantizationSection, Recipe, load_recipe
 from ftcli.store.file import read_json
+from ftcli.store.output import MANIFEST as MANIFEST
 from ftcli.store.run import RunFolder, check_files, find_newest_run, read_manifest
 from ftcli.store.target import ModelFiles, find_model, fingerprint_model, path_exists
 
 ORIGIN = "ftcli.json"  # beside an adapter: what its training was, wherever it is copied
-MANIFEST = "manifest.json"
 _KIND_OF_FILE = re.compile(r"[-._](B?F(16|32)|I?Q\d\w*)$", re.IGNORECASE)  # at the end of a GGUF file's name
 
 

@@ -9,29 +9,12 @@ from ftcli.errors import UsageError
 from ftcli.evaluate.target import MANIFEST, Target
 from ftcli.merge.source import Source
 from ftcli.store.file import read_json
-from ftcli.store.target import path_exists
+from ftcli.store.output import read_output as read_output
 
 
 def name_output(source: Source) -> Path:
     """The folder that the result becomes where none is asked for: ``merged/`` of the run, or beside."""
     return source.run.path / "merged" if source.run else Path(f"{source.title}-merged")
-
-
-def read_output(output: Path) -> Path:
-    """The folder that is asked for: ``output``, or what that is a link to.
-
-    Raises:
-        UsageError: it can be no folder's name.
-    """
-    final = Path(os.path.expanduser(output))
-    if final.name in ("", ".."):
-        raise UsageError("is no name that a new folder can have", where=str(output), hint="choose another --output")
-    try:
-        str(final).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UsageError("cannot be the name of a file: it is no UTF-8", where=ascii(str(output))) from error
-    is_link = path_exists(final, str(output)) and final.is_symlink()
-    return final.resolve() if is_link else final
 
 
 def check_outside(final: Path, target: Target, done: str) -> None:

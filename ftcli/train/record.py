@@ -7,12 +7,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
-from ftcli import __version__
 from ftcli.errors import ContentError, DiskError, Interrupted
 from ftcli.model.base import name_dtype
 from ftcli.recipe import dump_recipe
 from ftcli.store.file import hash_file, write_text
 from ftcli.store.run import RunFolder, append_line, now_text, read_manifest, update_manifest
+from ftcli.store.version import list_versions as list_versions
 from ftcli.train.change import Change
 from ftcli.train.forecast import RunForecast
 from ftcli.train.loop import StepResult
@@ -111,17 +111,3 @@ def record_step(run: RunFolder, result: StepResult) -> None:
             "memory_bytes": measure_memory(),
         },
     )
-
-
-def list_versions() -> dict[str, str]:
-    """Name → version of what decides a run's numbers."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"ftcli": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
