@@ -2,8 +2,9 @@
 
     table ─▶ BinTensor(place in the file, shape, strides) ─▶ its bytes in order, block by block
 
-A tensor that lies in one piece is read as it is. Any other (a transposed weight, some columns of a matrix) is
-gathered from the mapped file. Whatever its size, no more than a block is held.
+A tensor that lies in one piece is read as it is, any other (a transposed weight, some columns of a matrix) is
+gathered from the mapped file. Whatever its size no more than a block is held, and of a mapped file pages that the
+system may take back.
 """
 
 from __future__ import annotations

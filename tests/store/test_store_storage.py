@@ -283,6 +283,25 @@ def test_a_tensor_of_more_elements_than_any_file_is_damage(tmp_path: Path) -> No
     assert "more elements than any file" in caught.value.why
 
 
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), is_zip=st.booleans())
+def test_damage_is_an_error_or_a_state(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, is_zip: bool
+) -> None:
+    """Whatever bytes are others, there is a ContentError, or tensors that lie in the file."""
+    path = save(tmp_path_factory.mktemp("x") / "x.bin", make_views(), is_zip=is_zip)
+    broken = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        broken[data.draw(st.integers(0, len(broken) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(broken)
+    try:
+        for tensor in read_bin_state(path).tensors:
+            if tensor.size_bytes < 1 << 20:
+                assert sum(map(len, read_pieces(tensor))) == tensor.size_bytes
+    except ContentError:
+        pass
+
+
 def test_what_lies_in_one_piece() -> None:
     for shape, strides in (((), ()), ((3, 1, 2), (2, 99, 1)), ((0, 3), (7, 7)), ((1, 1), (0, 0)), ((5,), (1,))):
         assert BinTensor("w", "F32", shape, strides, Path("x"), 0).is_contiguous
