@@ -23,6 +23,7 @@ def build_document(exported: Exported) -> dict[str, Any]:
         "output": str(exported.output),
         "bytes": sum(file.size_bytes for file in files),
         "files": [file.to_json() for file in files],
+        "modelfile": str(exported.modelfile) if exported.modelfile else None,
         "verify": worst.verification.to_json() if worst and worst.verification else None,
     }
 
@@ -40,10 +41,11 @@ def list_export(exported: Exported) -> Iterator[str]:
     for file in files:
         yield f"  {file.path}"
         yield f"    {list_types(file.types)}"
-    good = [file for file in files if file.verification is None or file.verification.has_passed]
+    good = [shlex.quote(str(file.path)) for file in files if file.is_usable]
     if good:
-        path = shlex.quote(str(good[0].path))
-        yield from ("", "next:", f"  ftcli chat {path}", f"  llama-cli -m {path} -cnv")
+        yield from ("", "next:", f"  ftcli chat {good[0]}", f"  llama-cli -m {good[0]} -cnv")
+    if exported.modelfile:
+        yield f"  ollama create {exported.name.lower()} -f {shlex.quote(str(exported.modelfile))}"
 
 
 def _describe(file: ExportedFile) -> str:

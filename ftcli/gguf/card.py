@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ftcli.merge.card import build_front
@@ -15,7 +16,7 @@ _MEANING = (
 _KEPT_TYPES = 4  # of a file's mixture; the others are named together
 
 
-def build_card(manifest: Mapping[str, Any], *, first: str, datasets: Sequence[str], has_modelfile: bool) -> str:
+def build_card(manifest: Mapping[str, Any], *, first: str, datasets: Sequence[str], modelfile: Path | None) -> str:
     """Markdown with the front matter that the Hub reads, from the manifest of an export; ``first`` is what to run."""
     name, exports = manifest["name"], manifest["exports"]
     base = (manifest.get("base") or {}).get("id", "")
@@ -30,7 +31,7 @@ def build_card(manifest: Mapping[str, Any], *, first: str, datasets: Sequence[st
     lines += ["", *_MEANING, "", "Their types, by share of the weights:", ""]
     lines += [f"- {kind}: {list_types(entry['types'])}" for kind, entry in exports.items()]
     lines += ["", "## Use", "", "```console", f"$ llama-cli -m {first} -cnv"]
-    lines += [f"$ ollama create {name.lower()} -f Modelfile"] if has_modelfile else []
+    lines += [f"$ ollama create {name.lower()} -f Modelfile"] if modelfile else []
     return "\n".join([*lines, "```", ""])
 
 

@@ -10,7 +10,7 @@ A quantised kind is what llama-quantize makes of the f32 file: of the model's ow
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +20,7 @@ from ftcli.gguf.family import FILE_TYPE, Config, Family, find_family
 from ftcli.gguf.metadata import QUANTIZATION_VERSION, build_keys, read_model_config
 from ftcli.gguf.mixture import choose_type, find_position, is_fallback, read_ratios
 from ftcli.gguf.source import Source, SourceTensor
-from ftcli.gguf.vocabulary import build_vocabulary, fit_name
+from ftcli.gguf.vocabulary import Training, build_vocabulary, fit_name
 from ftcli.gguf.write import OutputTensor, Value
 from ftcli.model.precision import Ratios
 
@@ -110,16 +110,13 @@ class Draft:
         return self.is_requantized or kind not in _PLAIN_KINDS
 
 
-def draft_model(
-    source: Source, *, name: str | None = None, visible: Collection[str] = (), is_trained: bool = False
-) -> Draft:
+def draft_model(source: Source, *, name: str | None = None, training: Training | None = None) -> Draft:
     """The file of a model in transformers' layout.
 
     Args:
         source: the model.
         name: what it calls itself; None guesses it as llama.cpp does.
-        visible: added tokens that are words, and must be seen in an answer whatever they look like.
-        is_trained: whether it was trained on texts as its template writes them, so that a text begins as that says.
+        training: what is known of it.
 
     Raises:
         ContentError: an unknown family or tokenizer, a damaged model, or a tensor that llama.cpp's family has not.
@@ -129,9 +126,7 @@ def draft_model(
     tensors = _list_tensors(source, family, config)
     n_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
     keys = build_keys(source.folder, family, config, file_type=0, n_parameters=n_parameters, name=name)
-    vocabulary = build_vocabulary(
-        source.tokenizer, source.folder, family, config["vocab_size"], visible=visible, is_trained=is_trained
-    )
+    vocabulary = build_vocabulary(source.tokenizer, source.folder, family, config["vocab_size"], training)
     keys |= vocabulary.keys
     keys["general.name"] = fit_name(str(keys["general.name"]), source.tokenizer, family)
     ratios = read_ratios(config, is_tied=all(tensor.name != "lm_head.weight" for tensor in source.tensors))

@@ -18,7 +18,7 @@ from typing import Any
 from ftcli.data.chat import ChatRenderer, Rendered
 from ftcli.errors import ContentError, FtcliError, is_memory_error
 from ftcli.evaluate.loss import count_targets
-from ftcli.evaluate.sample import load_known_rows
+from ftcli.evaluate.sample import find_common_system, load_known_rows
 from ftcli.evaluate.subject import open_target
 from ftcli.evaluate.target import MANIFEST, Target, find_target
 from ftcli.events import Notice, OnEvent, Saved, Stage, ignore_event
@@ -26,20 +26,24 @@ from ftcli.gguf.card import build_card
 from ftcli.gguf.convert import Converted, convert
 from ftcli.gguf.draft import Draft, draft_model
 from ftcli.gguf.kind import can_tell_loss, find_kinds, suggest_larger
+from ftcli.gguf.modelfile import build_modelfile
 from ftcli.gguf.original import draft_gguf
 from ftcli.gguf.output import Output, find_output
 from ftcli.gguf.source import OpenSource, open_folder, open_merge
 from ftcli.gguf.verify import Expected, Verification, record_source, verify_file
+from ftcli.gguf.vocabulary import Training, adds_bos
 from ftcli.merge.card import build_front
 from ftcli.merge.run import Merging
 from ftcli.merge.source import Source, build_source
 from ftcli.merge.verify import MOST_TOKENS
 from ftcli.model.base import choose_device, choose_dtype
 from ftcli.store.file import check_free, disk_errors, read_json, scratch_folder, write_text
+from ftcli.store.gguf_header import read_gguf_header
 from ftcli.store.run import locked
 from ftcli.train.memory import explain_lack, release_models
 
 _HEAD_BYTES = 32 << 20  # of metadata and vocabulary, in each file
+_LEAST_CONTEXT = 4096  # of a Modelfile, where the model has as much
 _MOST_FALLBACK = 0.5  # of the parameters; beyond, a file is not what its kind says
 
 
@@ -59,6 +63,11 @@ class ExportedFile:
     verification: Verification | None
     types: Mapping[str, float] = field(default_factory=dict)
     from_4bit: bool = False
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether nothing is known against it."""
+        return self.verification is None or self.verification.has_passed
 
     @property
     def larger(self) -> str:
@@ -167,14 +176,15 @@ class _Exporting:
         release_models()
         check()
         finished = tuple(self._finish(kind, files[kind], draft, expected) for kind in kinds)
-        self._write_card(finished[0].path.name)
-        return Exported(self.target.name, self.place.name, finished)
+        return Exported(self.target.name, self.place.name, finished, self._write_texts(finished))
 
     def _open_draft(self) -> Draft:
         """The model under its own name, from which the files' metadata follow."""
         if path := self._find_gguf():
             return self._draft_gguf(path)
-        return draft_model(self._open_source(), visible=self.target.added_tokens, is_trained=self.target.is_trained)
+        target = self.target
+        training = Training(target.added_tokens, target.template_kwargs) if target.is_trained else None
+        return draft_model(self._open_source(), training=training)
 
     def _find_gguf(self) -> Path | None:
         return self.target.files.gguf_path if self.target.adapter is None else None
@@ -250,12 +260,36 @@ class _Exporting:
         except FtcliError:  # the tokenizer of a GGUF file cannot always be rebuilt
             return None
 
-    def _write_card(self, first: str) -> None:
+    def _write_texts(self, files: Sequence[ExportedFile]) -> Path | None:
+        """The Modelfile, which is of the first sound file; it lies beside the files, and the card too."""
         manifest, recipe = read_json(self.place.folder / MANIFEST) or {}, self.target.recipe
+        sound = next((file.path for file in files if file.is_usable), None)
+        path = self.place.folder / "Modelfile" if sound else None
         datasets = [Path(section.path).name for section in recipe.datasets] if recipe else []
-        card = build_card(manifest, first=first, datasets=datasets, has_modelfile=False)
         with disk_errors(self.place.folder):
+            if sound and path:
+                write_text(
+                    path, self._build_modelfile(sound, [name for name in manifest["files"] if name != sound.name])
+                )
+            card = build_card(manifest, first=(sound or files[0].path).name, datasets=datasets, modelfile=path)
             write_text(self.place.folder / "README.md", card)
+        return path
+
+    def _build_modelfile(self, file: Path, others: Sequence[str]) -> str:
+        metadata = read_gguf_header(file).metadata
+        context = int(metadata.get(f"{metadata['general.architecture']}.context_length", _LEAST_CONTEXT))
+        recipe = self.target.recipe
+        built = build_modelfile(
+            file.name,
+            self.renderer if metadata.get("tokenizer.chat_template") else None,
+            n_context=min(context, max(_LEAST_CONTEXT, recipe.data.max_length if recipe else 0)),
+            adds_bos=adds_bos(metadata),
+            system=find_common_system(recipe) if recipe else "",
+            others=others,
+        )
+        if built.problem:
+            self.on_event(Notice(f"Modelfile: {built.problem}"))
+        return built.text
 
     def _finish(self, kind: str, made: Converted, draft: Draft, expected: Expected | None) -> ExportedFile:
         """The file of a kind under its final name, verified."""

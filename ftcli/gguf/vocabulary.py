@@ -15,7 +15,7 @@ The converter's output, except where that would not give the ids or the text tha
 - llama.cpp puts a blank before a text and behind each control token, or never. A tokenizer that puts it before a text
   alone (Metaspace, first) has a chat, which begins with a control token, read as with never; where there is no chat
   template, as with always.
-- A model that was trained on chats without BOS gets none before them.
+- A model that was trained on chats without BOS gets none before them, and its template is told what it was in training.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ftcli.data.chat import ChatRenderer
 from ftcli.errors import ContentError
-from ftcli.gguf.family import CONVERTER, Family
+from ftcli.gguf.family import Family
 from ftcli.gguf.piece_model import read_pieces
+from ftcli.gguf.pre_tokenizer import find_pre_tokenizer, refuse_tokenizer
 from ftcli.gguf.write import Value
 from ftcli.store.file import read_json
 
@@ -38,19 +39,6 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  #
 _ADDED_SCORE, _UNUSED_SCORE, _LATE_SCORE = -1000.0, -10000.0, -1e9
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _BLANK = "▁"
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_START = r"[^\r\n\p{L}\p{N}]?"
-# pattern of the pre-tokenizer → llama.cpp's name of it (llama-vocab.cpp)
-_PATTERNS = {
-    rf"{_CONTRACTIONS}|{_START}\p{{L}}+|\p{{N}}{{1,3}}{_TAIL}": "llama-bpe",
-    rf"{_CONTRACTIONS}|{_START}\p{{L}}+|\p{{N}}{_TAIL}": "qwen2",
-    rf"{_START}{_UPPER}*{_LOWER}+|{_START}{_UPPER}+{_LOWER}*|\p{{N}}{_CASED_TAIL}": "tekken",
-    rf"{_START}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_START}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
-    rf"|\p{{N}}{{1,3}}{_CASED_TAIL}": "gpt-4o",
-}
 _BEGINS_WITH_BOS = {"llama-bpe", "tekken", "default"}  # what llama.cpp assumes unless told; default is SentencePiece
 # what llama.cpp ends an answer at by itself
 KNOWN_ENDS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>"}
@@ -71,6 +59,19 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Training:
+    """What is known of a model's training, on chats exactly as its template writes them.
+
+    Args:
+        added_tokens: words that were added, and must be seen in an answer whatever they look like.
+        template_kwargs: what the template was told besides the messages.
+    """
+
+    added_tokens: Sequence[str] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class VocabularyKeys:
     """The keys, and what is to be said: ids past the embedding's last row, which are left out."""
 
@@ -83,9 +84,7 @@ def build_vocabulary(
     folder: Path,
     family: Family,
     n_rows: int,
-    *,
-    visible: Collection[str] = (),
-    is_trained: bool = False,
+    training: Training | None = None,
 ) -> VocabularyKeys:
     """The keys of ``tokenizer`` in the converter's order.
 
@@ -94,8 +93,7 @@ def build_vocabulary(
         folder: of its files and the model's config.
         family: the model's.
         n_rows: rows of the embedding; ids that no token has are filled up to there.
-        visible: added tokens that are words, and must be seen in an answer whatever they look like.
-        is_trained: whether the model knows chats exactly as the template writes them.
+        training: what is known of it; None is a model of which the converter's choices are the best guess.
 
     Raises:
         ContentError: a kind of tokenizer that llama.cpp does not read, or one that is larger than the embedding and
@@ -104,9 +102,10 @@ def build_vocabulary(
     document = json.loads(tokenizer.backend_tokenizer.to_str())
     settings = read_json(folder / "tokenizer_config.json") or {}
     if document["model"].get("type") != "BPE":
-        raise _refuse(f"a tokenizer of the kind {document['model'].get('type')}", folder)
+        raise refuse_tokenizer(f"a tokenizer of the kind {document['model'].get('type')}", folder)
     is_pieces = bool(document["model"].get("byte_fallback"))
     pre = "default" if is_pieces else find_pre_tokenizer(document, str(folder))
+    visible = training.added_tokens if training else ()
     tokens = _list_tokens(document, folder, family, visible, is_pieces)
     left_out = tuple(tokens[i].text for i in sorted(tokens) if i >= n_rows)
     _check_left_out(left_out, tokenizer, folder)
@@ -124,12 +123,12 @@ def build_vocabulary(
         keys["tokenizer.ggml.merges"] = [_join_merge(merge) for merge in document["model"]["merges"]]
     keys |= _list_special_ids(tokenizer, folder, settings, n_rows)
     keys |= _list_added_ends(tokenizer, document, settings, pre)
-    keys["tokenizer.chat_template"] = _read_template(tokenizer)
+    keys["tokenizer.chat_template"] = _read_template(tokenizer, training)
     if is_pieces and not prepends:
         keys["tokenizer.ggml.add_space_prefix"] = False
     if family.writes_prefix and n_rows == _SMOLLM_SIZE:
         keys["tokenizer.ggml.add_bos_token"] = _adds(tokenizer, tokenizer.bos_token_id, 0)
-    if is_trained and first not in (None, tokenizer.bos_token) and _adds(tokenizer, tokenizer.bos_token_id, 0):
+    if training and first not in (None, tokenizer.bos_token) and _adds(tokenizer, tokenizer.bos_token_id, 0):
         keys["tokenizer.ggml.add_bos_token"] = False
     return VocabularyKeys({key: value for key, value in keys.items() if value not in ("", [])}, left_out)
 
@@ -139,6 +138,12 @@ def _write_tokens(tokens: Sequence[Token], is_pieces: bool) -> dict[str, Value]:
     if is_pieces:
         keys["tokenizer.ggml.scores"] = [token.score for token in tokens]
     return keys | {"tokenizer.ggml.token_type": [token.kind for token in tokens]}
+
+
+def adds_bos(metadata: Mapping[str, Any]) -> bool:
+    """Whether llama.cpp begins a text with BOS by itself."""
+    assumed = metadata.get("tokenizer.ggml.pre", "default") in _BEGINS_WITH_BOS
+    return bool(metadata.get("tokenizer.ggml.add_bos_token", assumed))
 
 
 def fit_name(name: str, tokenizer: Any, family: Family) -> str:
@@ -153,34 +158,6 @@ def fit_name(name: str, tokenizer: Any, family: Family) -> str:
         return named if named != name else f"Phi-3 {name}"
     is_foreign = not _PHI3_TOKENS.issubset(tokenizer.get_vocab())
     return _PHI3.sub("Phi", name) if is_foreign else name
-
-
-def find_pre_tokenizer(document: Mapping[str, Any], where: str) -> str:
-    """llama.cpp's name of the way that a byte-level tokenizer (tokenizer.json) cuts a text into words.
-
-    Raises:
-        ContentError: it has none for it.
-    """
-    pre = document.get("pre_tokenizer") or {}
-    *first, last = pre.get("pretokenizers") or [pre]
-    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
-        uses_regex = last.get("use_regex", True)
-        if not first and uses_regex:
-            return "gpt-2"
-        if len(first) == 1 and first[0].get("type") == "Digits" and first[0].get("individual_digits") and uses_regex:
-            return "smollm"
-        if len(first) == 1 and first[0].get("type") == "Split" and not uses_regex:
-            name = _PATTERNS.get(first[0].get("pattern", {}).get("Regex", ""), "")
-            if name == "llama-bpe" and not document["model"].get("ignore_merges"):
-                return "dbrx"  # the same pattern, without Llama 3's whole words
-            if name:
-                return name
-    raise _refuse("this tokenizer's way of cutting a text into words", Path(where))
-
-
-def _refuse(what: str, folder: Path) -> ContentError:
-    hint = f"export it as safetensors (ftcli merge) and try {CONVERTER} on that"
-    return ContentError(f"ftcli cannot write {what} as GGUF", where=str(folder), hint=hint)
 
 
 def _list_tokens(
@@ -282,10 +259,17 @@ def _list_special_ids(tokenizer: Any, folder: Path, settings: Mapping[str, Any],
     return keys
 
 
-def _read_template(tokenizer: Any) -> str:
-    """The chat template; of several the one for plain conversations."""
+def _read_template(tokenizer: Any, training: Training | None) -> str:
+    """The chat template, of several the one for plain conversations; it knows what it was told in training."""
     template = tokenizer.chat_template
-    return str(template.get("default", "") if isinstance(template, Mapping) else template or "")
+    text = str(template.get("default", "") if isinstance(template, Mapping) else template or "")
+    told = training.template_kwargs if training and text else {}
+    return "".join(f"{{%- set {name} = {_write_literal(value)} %}}" for name, value in told.items()) + text
+
+
+def _write_literal(value: Any) -> str:
+    """A value of a recipe in Jinja."""
+    return "none" if value is None else json.dumps(value)
 
 
 def _find_turn_end(tokenizer: Any) -> Any:

@@ -27,9 +27,10 @@ from ftcli.events import Notice, Progress
 from ftcli.gguf.convert import convert
 from ftcli.gguf.draft import draft_model
 from ftcli.gguf.piece_model import read_pieces
+from ftcli.gguf.pre_tokenizer import find_pre_tokenizer
 from ftcli.gguf.reader import VocabularyReader
 from ftcli.gguf.source import OpenSource, SourceTensor, open_folder, open_merge
-from ftcli.gguf.vocabulary import find_pre_tokenizer
+from ftcli.gguf.vocabulary import Training
 from ftcli.merge.adapter import read_adapter
 from ftcli.merge.plan import plan_merge
 from ftcli.merge.run import merge
@@ -178,7 +179,7 @@ def test_added_words_stay_visible_and_do_not_hide_the_pre_tokenizer(tmp_path: Pa
     tokenizer.add_tokens(["<|gene|>", "kinase"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>"]})
     folder = save_model(tmp_path / "model", build_model(vocab_size=len(tokenizer) + 2), tokenizer)
-    draft = draft_model(open_folder(folder), visible=["<|gene|>"])
+    draft = draft_model(open_folder(folder), training=Training(["<|gene|>"]))
     metadata = read_gguf_vocabulary(convert(draft, tmp_path / "a.gguf", kind="f16").path).metadata
     kinds = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True))
     n = len(tokenizer)

@@ -84,7 +84,7 @@ def test_a_run_is_exported_measured_and_told(run: RunFolder) -> None:
     folder = run.path / "gguf"
     assert (document["command"], document["source"], document["output"]) == ("export", "run", "run/gguf")
     assert [Path(file["path"]).name for file in document["files"]] == ["run-F16.gguf", "run-F32.gguf"]
-    assert list_names(folder) == ["README.md", "manifest.json", "run-F16.gguf", "run-F32.gguf"]
+    assert list_names(folder) == ["Modelfile", "README.md", "manifest.json", "run-F16.gguf", "run-F32.gguf"]
     assert not list(run.path.glob(".gguf*"))
     manifest = json.loads((folder / "manifest.json").read_text())
     for file in document["files"]:
@@ -154,7 +154,7 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(run: RunFolder) -> None
     before = (run.path / "gguf/run-F16.gguf").stat().st_mtime_ns
     result = invoke("run", "--gguf", "bf16", "--gguf", "f16")
     assert (result.exit_code, "--overwrite" in result.stderr) == (2, True)
-    assert list_names(run.path / "gguf") == ["README.md", "manifest.json", "run-F16.gguf"]
+    assert list_names(run.path / "gguf") == ["Modelfile", "README.md", "manifest.json", "run-F16.gguf"]
     export("run", kinds=["f16"], verifies=False, overwrite=True)
     assert (run.path / "gguf/run-F16.gguf").stat().st_mtime_ns > before
     for folder in (run.path, run.adapter):

@@ -19,6 +19,7 @@ from ftcli.gguf.kind import find_limit
 from ftcli.gguf.reader import VocabularyReader
 from ftcli.gguf.source import open_folder
 from ftcli.gguf.verify import Expected, Verification, verify_file
+from ftcli.gguf.vocabulary import Training
 from ftcli.store.gguf_header import read_gguf_header
 
 Change = Callable[[dict[str, Any]], None]
@@ -130,7 +131,7 @@ def test_a_chat_that_was_trained_without_bos_gets_none(tmp_path: Path) -> None:
         return draft.keys["tokenizer.ggml.add_bos_token"]
 
     assert adds(draft_model(source)) is True  # as llama.cpp's converter writes it
-    assert adds(draft_model(source, is_trained=True)) is False
+    assert adds(draft_model(source, training=Training())) is False
 
 
 def test_what_is_no_vocabulary_is_refused(tmp_path: Path, tiny_model: Path) -> None:
