@@ -223,7 +223,9 @@ def main() -> None:
                 rounds = [measure_round(case) for _ in range(options.rounds)]
                 ratios = compare(rounds, bare)
                 results[f"{model} {kind}"] = {"rounds": rounds, "llama.cpp_over_ftcli": ratios}
-                print(json.dumps({"case": f"{model} {kind}", "last": rounds[-1], "ratios": ratios}, indent=1), flush=True)
+                print(
+                    json.dumps({"case": f"{model} {kind}", "last": rounds[-1], "ratios": ratios}, indent=1), flush=True
+                )
             shutil.rmtree(folder)
     document = {
         "date": datetime.now(UTC).date().isoformat(),
