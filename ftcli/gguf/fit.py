@@ -19,6 +19,7 @@ from ftcli.gguf.lane import MOST_ROUNDED, build_mask, divide, overwrite, round_w
 
 LEAST_MAGNITUDE = 1e-15  # GROUP_MAX_EPS: a group below it counts as zero
 _N_DESCENTS = 5
+_EACH = 0  # aten's number for a loss that is not added up
 
 
 @dataclass(frozen=True)
@@ -55,43 +56,55 @@ def fit_scale_and_minimum(x: torch.Tensor, weights: torch.Tensor, search: Search
 
     A better minimum is the origin of the tries that follow it.
     """
-    low = minimum = x.amin(0).clamp_(max=0.0)
+    low = x.amin(0).clamp_(max=0.0)
     high = x.amax(0)
-    is_flat = high == minimum
-    high = torch.where(is_flat, minimum + 1.0, high)  # these are set at the end
+    is_flat = high == low
+    high = torch.where(is_flat, low + 1.0, high)  # these are set at the end
     codes, buffer, spare = (torch.empty_like(x) for _ in range(3))
-    sum_w, sum_x, sum_l, sum_l2, sum_xl, error, flags = (torch.empty_like(high) for _ in range(7))
+    sum_w, sum_x, flags = (torch.empty_like(high) for _ in range(3))
+    sums, by_l, by_w, by_x = (high.new_empty(3, len(high)) for _ in range(4))  # a call for several rows is cheaper
+    sum_l, sum_l2, sum_xl = sums
     sum_lanes(weights, sum_w)
     sum_lanes(torch.mul(weights, x, out=buffer), sum_x)
 
     def measure(scale: torch.Tensor, minimum: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        torch.mul(codes, scale, out=buffer).add_(minimum).sub_(x)
-        buffer.abs_() if search.is_absolute else buffer.mul_(buffer)
+        torch.mul(codes, scale, out=buffer).add_(minimum)
+        if search.is_absolute:
+            buffer.sub_(x).abs_()
+        else:
+            torch.ops.aten.mse_loss.out(buffer, x, _EACH, out=buffer)  # the square of the difference
         return sum_lanes(buffer.mul_(weights), out)
 
-    inverse = divide(search.top, high - minimum)
-    scale = divide(1.0, inverse)
+    found, tried = high.new_empty(5, len(high)), high.new_empty(5, len(high))
+    best, origin, chosen, scale, least = found
+    error, minimum, inverse, new_scale, new_minimum = tried
+    minimum.copy_(low)
+    torch.div(_fill(search.top, high), high - minimum, out=inverse)
+    torch.div(_fill(1.0, high), inverse, out=new_scale)
     _encode(x, minimum, inverse, search.top, low, high, out=codes)
-    best = measure(scale, minimum, torch.empty_like(high)).masked_fill_(is_flat, -1.0)
-    minimum, origin, chosen = minimum.clone(), minimum.clone(), inverse
+    measure(new_scale, minimum, error).masked_fill_(is_flat, -1.0)
+    new_minimum.copy_(low)
+    found.copy_(tried)
     for numerator in search.list_numerators():
-        inverse = divide(numerator, high - minimum)
+        minimum.copy_(least)
+        torch.div(_fill(numerator, high), high - minimum, out=inverse)
         _encode(x, minimum, inverse, search.top, low, high, out=codes)
         sum_lanes(torch.mul(weights, codes, out=buffer), sum_l)
         sum_lanes(torch.mul(buffer, codes, out=spare), sum_l2)
         sum_lanes(buffer.mul_(x), sum_xl)
-        determinant = (sum_w * sum_l2).sub_(sum_l * sum_l)
-        new_scale = (sum_w * sum_xl).sub_(sum_x * sum_l).div_(determinant)
-        new_minimum = (sum_l2 * sum_x).sub_(sum_l * sum_xl).div_(determinant)
-        overwrite(new_scale, sum_xl.div_(sum_l2), build_mask(torch.gt(new_minimum, 0, out=flags)))
-        measure(new_scale, new_minimum.clamp_(max=0.0), error)
-        is_better = build_mask(torch.lt(error, best, out=flags).mul_(determinant.gt_(0)))
-        overwrite(best, error, is_better)
-        overwrite(origin, minimum, is_better)
-        overwrite(chosen, inverse, is_better)
-        overwrite(scale, new_scale, is_better)
-        overwrite(minimum, new_minimum, is_better)
-    return Fit(scale.masked_fill(is_flat, 0.0), -minimum, origin, chosen.masked_fill(is_flat, 0.0))
+        torch.mul(sums, sum_l, out=by_l)
+        torch.mul(sums, sum_w, out=by_w)
+        torch.mul(sums, sum_x, out=by_x)
+        determinant = by_w[1].sub_(by_l[0])
+        torch.sub(by_w[2], by_x[0], out=new_scale)
+        torch.sub(by_x[1], by_l[2], out=new_minimum)
+        tried[3:].div_(determinant)
+        if not bool(new_minimum.amax() <= 0):
+            overwrite(new_scale, sum_xl / sum_l2, build_mask(torch.gt(new_minimum, 0, out=flags)))
+            new_minimum.clamp_(max=0.0)
+        measure(new_scale, new_minimum, error)
+        overwrite(found, tried, build_mask(torch.lt(error, best, out=flags).mul_(determinant.gt_(0))))
+    return Fit(scale.masked_fill(is_flat, 0.0), -least, origin, chosen.masked_fill(is_flat, 0.0))
 
 
 def _encode(
@@ -106,11 +119,16 @@ def _encode(
 ) -> None:
     """Nothing; ``out`` holds the codes 0 … ``top`` of ``x``, which lies between ``low`` and ``high``, as floats."""
     torch.sub(x, origin, out=out).mul_(inverse)
-    ends = torch.stack((low - origin, high - origin)).mul_(inverse).abs_()
-    if bool((ends <= MOST_ROUNDED).all()):
+    lowest = (low - origin).mul_(inverse).abs_()
+    highest = (high - origin).mul_(inverse).abs_()
+    if float(lowest.amax()) <= MOST_ROUNDED and float(highest.amax()) <= MOST_ROUNDED:  # which NaN is not
         out.round_().clamp_(0, top)
     else:
         out.copy_(round_within(out, 0, top).clone())
+
+
+def _fill(number: float, like: torch.Tensor) -> torch.Tensor:
+    return torch.full((), number, dtype=torch.float32, device=like.device)
 
 
 def encode_groups(x: torch.Tensor, fit: Fit, top: int) -> torch.Tensor:
@@ -132,22 +150,23 @@ def fit_scale(x: torch.Tensor, extreme: torch.Tensor, reach: int) -> tuple[torch
     cubes = squares * x
     codes, buffer = torch.empty_like(x), torch.empty_like(x)
     sum_lx, sum_l2, flags = (torch.empty_like(extreme) for _ in range(3))
-    scale = best = chosen = torch.zeros_like(extreme)
+    found, tried = extreme.new_empty(3, len(extreme)), extreme.new_empty(3, len(extreme))
+    scale, best, chosen = found
+    new_scale, new_best, inverse = tried
     for i in (0, *range(-9, 0), *range(1, 10)):
-        inverse = divide(-float(np.float32(reach) + np.float32(0.1) * np.float32(i)), extreme)
+        torch.div(_fill(-float(np.float32(reach) + np.float32(0.1) * np.float32(i)), extreme), extreme, out=inverse)
         torch.mul(x, inverse, out=codes).round_().clamp_(-reach, reach - 1)
         sum_lanes(torch.mul(cubes, codes, out=buffer), sum_lx)
         sum_lanes(torch.mul(squares, codes, out=buffer).mul_(codes), sum_l2)
         if i == 0:
-            scale = torch.where(sum_l2 == 0, 0.0, sum_lx / sum_l2)
-            best, chosen = scale * sum_lx, inverse
+            scale.copy_(torch.where(sum_l2 == 0, 0.0, sum_lx / sum_l2))
+            torch.mul(scale, sum_lx, out=best)
+            chosen.copy_(inverse)
             continue
         torch.gt(sum_lx * sum_lx, best * sum_l2, out=flags)
         is_better = build_mask(flags.mul_(sum_l2 > 0))
-        new_scale = sum_lx / sum_l2
-        overwrite(scale, new_scale, is_better)
-        overwrite(best, new_scale.mul_(sum_lx), is_better)
-        overwrite(chosen, inverse, is_better)
+        torch.mul(torch.div(sum_lx, sum_l2, out=new_scale), sum_lx, out=new_best)
+        overwrite(found, tried, is_better)
     return scale.masked_fill(is_zero, 0.0), chosen.masked_fill(is_zero, 0.0)
 
 

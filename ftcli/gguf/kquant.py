@@ -214,9 +214,9 @@ _QUANTIZERS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int]] = {
     "Q4_1": (partial(quantize_with_minimum, n_bits=4), 1 << 18),
     "Q5_0": (partial(quantize_symmetric, n_bits=5), 1 << 18),
     "Q5_1": (partial(quantize_with_minimum, n_bits=5), 1 << 18),
-    "Q2_K": (_quantize_q2_k, 1 << 18),
+    "Q2_K": (_quantize_q2_k, 1 << 17),
     "Q3_K": (_quantize_q3_k, 1 << 19),
-    "Q4_K": (partial(_quantize_q45_k, kind="Q4_K"), 1 << 18),
-    "Q5_K": (partial(_quantize_q45_k, kind="Q5_K"), 1 << 18),
-    "Q6_K": (_quantize_q6_k, 1 << 18),
+    "Q4_K": (partial(_quantize_q45_k, kind="Q4_K"), 1 << 17),
+    "Q5_K": (partial(_quantize_q45_k, kind="Q5_K"), 1 << 17),
+    "Q6_K": (_quantize_q6_k, 1 << 17),
 }

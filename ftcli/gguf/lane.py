@@ -57,9 +57,9 @@ def round_within(values: torch.Tensor, low: int, high: int) -> torch.Tensor:
     return bits.bitwise_and_(_MANTISSA).sub_(_HALF_MANTISSA).clamp_(low, high)
 
 
-def divide(number: float, values: torch.Tensor) -> torch.Tensor:
+def divide(number: float, values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """``number`` / ``values``, rounded once; torch's own ``number / tensor`` rounds the reciprocal first."""
-    return torch.div(torch.full((), number, dtype=torch.float32, device=values.device), values)
+    return torch.div(torch.full((), number, dtype=torch.float32, device=values.device), values, out=out)
 
 
 def divide_by(values: torch.Tensor, number: float) -> torch.Tensor:
