@@ -1,4 +1,4 @@
-"""``ftcli export`` against llama.cpp's way (convert_hf_to_gguf.py, then ``llama_model_quantize``), from the same folder.
+"""``ftcli export`` against llama.cpp's way (convert_hf_to_gguf.py, then ``llama_model_quantize``), from one folder.
 
     python benchmarks/export.py PATH/llama.cpp CYLLAMA [--model llama-1b smollm2] [--type q4_k_m q8_0 q6_k]
         [--rounds 3] [--tokenizer FOLDER] [--output results/export-cpu.json]
