@@ -79,15 +79,15 @@ def fit_scale_and_minimum(x: torch.Tensor, weights: torch.Tensor, search: Search
     best, origin, chosen, scale, least = found
     error, minimum, inverse, new_scale, new_minimum = tried
     minimum.copy_(low)
-    torch.div(_fill(search.top, high), high - minimum, out=inverse)
-    torch.div(_fill(1.0, high), inverse, out=new_scale)
+    divide(search.top, high - minimum, out=inverse)
+    divide(1.0, inverse, out=new_scale)
     _encode(x, minimum, inverse, search.top, low, high, out=codes)
     measure(new_scale, minimum, error).masked_fill_(is_flat, -1.0)
     new_minimum.copy_(low)
     found.copy_(tried)
     for numerator in search.list_numerators():
         minimum.copy_(least)
-        torch.div(_fill(numerator, high), high - minimum, out=inverse)
+        divide(numerator, high - minimum, out=inverse)
         _encode(x, minimum, inverse, search.top, low, high, out=codes)
         sum_lanes(torch.mul(weights, codes, out=buffer), sum_l)
         sum_lanes(torch.mul(buffer, codes, out=spare), sum_l2)
@@ -127,10 +127,6 @@ def _encode(
         out.copy_(round_within(out, 0, top).clone())
 
 
-def _fill(number: float, like: torch.Tensor) -> torch.Tensor:
-    return torch.full((), number, dtype=torch.float32, device=like.device)
-
-
 def encode_groups(x: torch.Tensor, fit: Fit, top: int) -> torch.Tensor:
     """The codes (int32) that belong to ``fit``, of the columns ``x``."""
     return round_within((x - fit.origin).mul_(fit.inverse), 0, top)
@@ -154,7 +150,7 @@ def fit_scale(x: torch.Tensor, extreme: torch.Tensor, reach: int) -> tuple[torch
     scale, best, chosen = found
     new_scale, new_best, inverse = tried
     for i in (0, *range(-9, 0), *range(1, 10)):
-        torch.div(_fill(-float(np.float32(reach) + np.float32(0.1) * np.float32(i)), extreme), extreme, out=inverse)
+        divide(-float(np.float32(reach) + np.float32(0.1) * np.float32(i)), extreme, out=inverse)
         torch.mul(x, inverse, out=codes).round_().clamp_(-reach, reach - 1)
         sum_lanes(torch.mul(cubes, codes, out=buffer), sum_lx)
         sum_lanes(torch.mul(squares, codes, out=buffer).mul_(codes), sum_l2)
