@@ -146,7 +146,8 @@ def check_fit(adapter: Adapter, skeleton: Any, n_rows: int) -> None:
         skeleton.resize_token_embeddings(n_rows, mean_resizing=False)
     try:
         config = LoraConfig.from_pretrained(str(adapter.folder))
-        config.inference_mode = True
+        # PEFT would warn where the base lies elsewhere than in training, which is the caller's to say
+        config.inference_mode, config.base_model_name_or_path = True, None
         with torch.device("meta"):
             wrapped = get_peft_model(skeleton, config)
         state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
