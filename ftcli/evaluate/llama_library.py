@@ -16,8 +16,20 @@ import math
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_uint64, c_void_p
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import (
+    POINTER,
+    Structure,
+    c_bool,
+    c_char_p,
+    c_float,
+    c_int8,
+    c_int32,
+    c_size_t,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -99,6 +111,10 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {  # name → result, argum
     "llama_decode": (c_int32, (c_void_p, _Batch)),
     "llama_get_logits_ith": (POINTER(c_float), (c_void_p, c_int32)),
 }
+_ADAPTER_FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {  # younger, so asked for only where there is an adapter
+    "llama_adapter_lora_init": (c_void_p, (c_void_p, c_char_p)),
+    "llama_set_adapters_lora": (c_int32, (c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float))),
+}
 
 
 @dataclass(frozen=True)
@@ -125,9 +141,7 @@ def load_library() -> LlamaLibrary:
     package, path = _find_carrier()
     try:
         functions = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _FUNCTIONS.items():
-            function = getattr(functions, name)
-            function.restype, function.argtypes = result, arguments
+        _bind(functions, _FUNCTIONS)
     except (OSError, AttributeError) as error:  # a library that is missing in turn; a function that is gone
         raise _refuse(package, str(error)) from error
     complaints: deque[str] = deque(maxlen=8)
@@ -138,6 +152,17 @@ def load_library() -> LlamaLibrary:
     if (default.n_ctx, default.n_batch, default.n_ubatch, default.n_seq_max) != _DEFAULT_SIZES:
         raise _refuse(package, "its parameters lie otherwise than those that ftcli knows")
     return library
+
+
+def _bind(functions: Any, wanted: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> None:
+    """Nothing; the library ``functions`` has these, and knows their types.
+
+    Raises:
+        AttributeError: it has not.
+    """
+    for name, (result, arguments) in wanted.items():
+        function = getattr(functions, name)
+        function.restype, function.argtypes = result, arguments
 
 
 def _find_carrier() -> tuple[str, Path]:
@@ -226,14 +251,15 @@ class LlamaModel:
     Args:
         path: the file.
         n_threads: threads that compute on the CPU.
+        adapter: a LoRA in a GGUF file of its own, which is added to the model.
 
     Raises:
-        UsageError: there is no llama.cpp.
-        ContentError: llama.cpp refuses the file.
+        UsageError: there is no llama.cpp, or one that is too old for an adapter.
+        ContentError: llama.cpp refuses a file.
         MemoryExhausted: it does not fit.
     """
 
-    def __init__(self, path: Path, *, n_threads: int) -> None:
+    def __init__(self, path: Path, *, n_threads: int, adapter: Path | None = None) -> None:
         self.path = path
         self.n_threads = n_threads
         self._library = load_library()
@@ -243,6 +269,7 @@ class LlamaModel:
         if not self._model:
             raise self._explain("llama.cpp cannot load the model")
         weakref.finalize(self, self._api.llama_model_free, self._model)
+        self._adapter = self._load_adapter(adapter) if adapter else None  # before a context: it makes room for this too
         if self._api.llama_model_has_encoder(self._model):
             raise ContentError("the model has an encoder, so it does not continue a text", where=str(path))
         self.context = int(self._api.llama_model_n_ctx_train(self._model))
@@ -276,6 +303,8 @@ class LlamaModel:
                 raise self._explain(f"llama.cpp cannot make room for {room} tokens")
             self._free, self._room = weakref.finalize(self, self._api.llama_free, self._context), params.n_ctx
             self._api.llama_set_n_threads(self._context, self.n_threads, self.n_threads)
+            if self._adapter:
+                self._api.llama_set_adapters_lora(self._context, (c_void_p * 1)(self._adapter), 1, (c_float * 1)(1.0))
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), False)
 
     def decode(self, ids: Sequence[int], wanted: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -298,6 +327,17 @@ class LlamaModel:
                 logits[n_done] = np.ctypeslib.as_array(row, (self.n_vocabulary,))
                 n_done += 1
         return logits
+
+    def _load_adapter(self, path: Path) -> Any:
+        """llama.cpp's handle of the adapter at ``path``, which is freed with the model."""
+        try:
+            _bind(self._api, _ADAPTER_FUNCTIONS)
+        except AttributeError as error:
+            raise _refuse(self._library.package, f"it is too old for an adapter: {error}") from error
+        adapter = self._api.llama_adapter_lora_init(self._model, os.fsencode(path))
+        if not adapter:
+            raise self._explain(f"llama.cpp cannot use the adapter {path.name}")
+        return adapter
 
     def _explain(self, what: str) -> ContentError | MemoryExhausted:
         why = "; ".join(self._library.complaints)
