@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ftcli.gguf.output import LORA
 from ftcli.merge.card import build_front
 
 _MEANING = (
@@ -18,13 +19,17 @@ _KEPT_TYPES = 4  # of a file's mixture; the others are named together
 
 def build_card(manifest: Mapping[str, Any], *, first: str, datasets: Sequence[str], modelfile: Path | None) -> str:
     """Markdown with the front matter that the Hub reads, from the manifest of an export; ``first`` is what to run."""
-    name, exports = manifest["name"], manifest["exports"]
+    name, adapter = manifest["name"], manifest["exports"].get(LORA)
+    exports = {kind: entry for kind, entry in manifest["exports"].items() if kind != LORA}
     base = (manifest.get("base") or {}).get("id", "")
     origin = f"`{base}`, fine-tuned with ftcli" if base else f"`{manifest['source']}`"
     lines = [*build_front(base, library="gguf", tags=("ftcli", "gguf")), f"# {name} (GGUF)", ""]
     lines += [f"{origin}, as GGUF for llama.cpp, Ollama, LM Studio and what is built on them.", ""]
     if datasets:
         lines += [f"Trained on: {', '.join(f'`{path}`' for path in datasets)}.", ""]
+    lines += _describe_adapter(adapter, base) if adapter else []
+    if not exports:
+        return "\n".join(lines)
     lines += ["## Files", "", "| file | GB | bits per weight | KL (nats) | bound | top-1 | perplexity |"]
     lines.append("|---|---|---|---|---|---|---|")
     lines += [_describe_file(entry, manifest["files"]) for entry in exports.values()]
@@ -33,6 +38,21 @@ def build_card(manifest: Mapping[str, Any], *, first: str, datasets: Sequence[st
     lines += ["", "## Use", "", "```console", f"$ llama-cli -m {first} -cnv"]
     lines += [f"$ ollama create {name.lower()} -f Modelfile"] if modelfile else []
     return "\n".join([*lines, "```", ""])
+
+
+def _describe_adapter(entry: Mapping[str, Any], base: str) -> list[str]:
+    found, ranks = entry["verify"] or {}, ", ".join(map(str, entry["ranks"]))
+    lines = ["## Adapter", ""]
+    lines += [f"`{entry['file']}` is a LoRA of rank {ranks} on {entry['modules']} matrices, in 32 bits."]
+    lines += [f"It is used beside a GGUF file of its base{f', `{base}`' if base else ''}:", ""]
+    lines += ["```console", f"$ llama-cli -m BASE.gguf --lora {entry['file']} -cnv", "```", ""]
+    if found.get("problem"):
+        lines += [f"**{found['problem']}**", ""]
+    elif found.get("kl") is not None:
+        state = "" if found["passed"] else " **failed**"
+        figures = f"KL {found['kl']:.4f}{state} (bound {found['most_kl']:.3g}), top-1 {found['top1']:.2%}"
+        lines += [f"Run by llama.cpp on that base, against the adapter as it was trained: {figures}.", ""]
+    return lines
 
 
 def list_types(types: Mapping[str, float]) -> str:

@@ -60,13 +60,30 @@ def build_keys(
     return keys
 
 
+def build_adapter_keys(folder: Path, family: Family, *, n_parameters: int) -> dict[str, Value]:
+    """Key → value of a LoRA's file, in the order of llama.cpp's own converter of adapters.
+
+    Args:
+        folder: of the adapter's model card and generation config; its name is the adapter's.
+        family: the base's.
+        n_parameters: of the weights that the file says how to change.
+    """
+    keys: dict[str, Value] = {"general.architecture": family.architecture}
+    keys |= {"general.type": "adapter", "adapter.type": "lora"}
+    keys |= _describe_model(folder, -n_parameters, None)  # less than nothing: what is no model has no size
+    keys["adapter.lora.alpha"] = 0.0
+    keys["general.quantization_version"] = QUANTIZATION_VERSION
+    return keys
+
+
 def _describe_model(folder: Path, n_parameters: int, name: str | None) -> dict[str, Value]:
     """Sampling and authorship."""
     import gguf
 
     metadata = gguf.Metadata.load(None, folder, name, n_parameters)
     metadata.name = metadata.name or folder.name
-    metadata.size_label = metadata.size_label or gguf.size_label(n_parameters, n_parameters, 0, 0)
+    if metadata.size_label is None and n_parameters > 0:
+        metadata.size_label = gguf.size_label(n_parameters, n_parameters, 0, 0)
     sampling = read_json(folder / "generation_config.json") or {}
     metadata.sampling_penalty_repeat = sampling.get("penalty_repeat", sampling.get("repetition_penalty"))
     writer = gguf.GGUFWriter(None, "")

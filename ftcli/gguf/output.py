@@ -20,6 +20,7 @@ from ftcli.store.run import MANIFEST_SCHEMA, now_text
 from ftcli.store.target import path_exists
 from ftcli.train.record import list_versions
 
+LORA = "lora"  # the kind of a file that holds an adapter and no model
 _MOST_NAME_BYTES = 160  # of the 255 that a file's name has; the names beside it are longer
 
 
@@ -31,8 +32,8 @@ class Output:
     name: str
 
     def name_file(self, kind: str) -> str:
-        """The name of the file of a kind."""
-        return f"{self.name}-{kind.upper()}.gguf"
+        """The name of the file of a kind, by GGUF's own convention."""
+        return f"{self.name}-{'F32-LoRA' if kind == LORA else kind.upper()}.gguf"
 
     def check(self, target: Target, kinds: Sequence[str], *, overwrite: bool) -> None:
         """None if files of these kinds may be written here.
@@ -83,8 +84,8 @@ class Output:
         return final
 
     def _list_exports(self, exports: Mapping[str, Any]) -> dict[str, Any]:
-        """Kind → what is known of its file, for those that are still there; the smallest last."""
-        there = {kind: exports[kind] for kind in KINDS if kind in exports}
+        """Kind → what is known of its file, for those that are still there; the smallest model last."""
+        there = {kind: exports[kind] for kind in (*KINDS, LORA) if kind in exports}
         return {kind: entry for kind, entry in there.items() if (self.folder / entry["file"]).is_file()}
 
 
