@@ -134,6 +134,22 @@ QUANTIZED: dict[str, dict[str, Any]] = {
     "phi3": _WIDE | _PHI3,
     "gemma2": _WIDE | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"} | _SOFTCAPS | _GEMMA,
 }
+_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# name → how the base of an adapter differs from the tied Llama "smollm2", and the modules that have LoRA
+ADAPTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "llama": (_WIDE, _LINEAR),
+    "llama, some modules": (_WIDE, ("v_proj", "k_proj")),
+    "llama, untied": (_WIDE | {"tie_word_embeddings": False}, (*_LINEAR, "embed_tokens", "lm_head")),
+    "mistral": (_WIDE | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, _LINEAR),
+    "qwen2": (_WIDE | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, _LINEAR),
+    "qwen3": (QUANTIZED["qwen3"], _LINEAR),
+    "phi3": (QUANTIZED["phi3"], ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    "gemma2": (QUANTIZED["gemma2"], _LINEAR),
+    "gemma3": (
+        _WIDE | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "sliding_window": 512} | _GEMMA,
+        _LINEAR,
+    ),
+}
 
 
 def write_model(folder: Path, case: str, *, dtype: str = "BF16", has_pieces: bool = True, **changes: Any) -> Path:
@@ -183,7 +199,6 @@ def write_model(folder: Path, case: str, *, dtype: str = "BF16", has_pieces: boo
 
 def write_weights(folder: Path, dtype: str = "BF16") -> None:
     """Nothing; ``model.safetensors`` holds weights of the config in ``folder`` that no random generator makes."""
-    import numpy as np
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -196,11 +211,48 @@ def write_weights(folder: Path, dtype: str = "BF16") -> None:
     kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     tensors = {}
     for number, (name, shape) in enumerate(sorted(shapes.items())):
-        steps = np.arange(shape.numel(), dtype=np.uint64) + np.uint64(number << 32)
-        mixed = (steps * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
-        values = torch.from_numpy((mixed.astype(np.float32) / (1 << 23) - 1).reshape(shape))
+        values = _make_values(number, shape)
         tensors[name] = (1 + values / 4 if name.endswith("norm.weight") else values / 8).to(kinds[dtype])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_adapter(folder: Path, base: Path, targets: tuple[str, ...], *, rank: int = 4) -> Path:
+    """The folder of a LoRA whose alpha is its rank, of all modules of ``base`` that are called like ``targets``."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    tensors = {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] not in targets:
+            continue
+        weight: Any = module.weight
+        is_table = isinstance(module, torch.nn.Embedding)
+        n_outputs, n_inputs = weight.shape[::-1] if is_table else weight.shape
+        for part, shape in (("A", (rank, n_inputs)), ("B", (n_outputs, rank))):
+            key = f"lora_embedding_{part}" if is_table else f"lora_{part}.weight"
+            tensors[f"base_model.model.{name}.{key}"] = _make_values(len(tensors), torch.Size(shape)) / 8
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank}
+    config |= {"target_modules": list(targets), "base_model_name_or_path": "someone/Tiny-1B-v0.2"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.6, "top_k": 20}))
+    front = "---\nbase_model: someone/Tiny-1B-v0.2\nlicense: mit\nlanguage: [en]\ntags: [lora]\n---\n"
+    (folder / "README.md").write_text(front)
+    return folder
+
+
+def _make_values(number: int, shape: Any) -> Any:
+    """Float32 values from -1 to 1 in this shape, other ones for each ``number``."""
+    import numpy as np
+    import torch
+
+    steps = np.arange(shape.numel(), dtype=np.uint64) + np.uint64(number << 32)
+    mixed = (steps * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
+    return torch.from_numpy((mixed.astype(np.float32) / (1 << 23) - 1).reshape(shape))
 
 
 def write_byte_level(folder: Path, cut: str) -> None:
