@@ -20,8 +20,10 @@ from ftcli.errors import FtcliError, VerificationFailed
 from ftcli.events import EvalDone, Event, Notice, OnEvent, Progress, Sampled, Saved, Stage, StepDone
 
 if TYPE_CHECKING:
+    from ftcli.gguf.adapter import ExportedAdapter
     from ftcli.gguf.export import Exported
     from ftcli.jobs.environment import Environment
+    from ftcli.jobs.safetensors import SafeExport
     from ftcli.jobs.summary import RunSummary
     from ftcli.merge.run import Merged
     from ftcli.recipe import LoadedRecipe
@@ -224,6 +226,17 @@ def show_exported(made: Exported, *, as_json: bool) -> None:
     """
     document, lines = exported.build_document(made), exported.list_export(made)
     _show_artifact("export", document, lines, exported.explain_failure(made.files), as_json=as_json)
+
+
+def show_adapter(made: ExportedAdapter, *, as_json: bool) -> None:
+    """Nothing; what came of a LoRA as GGUF is on stdout; raises as `show_exported`."""
+    document, lines = exported.build_adapter_document(made), exported.list_adapter(made)
+    _show_artifact("export", document, lines, exported.explain_failure([made]), as_json=as_json)
+
+
+def show_safe(made: SafeExport, *, as_json: bool) -> None:
+    """Nothing; what came of safetensors is on stdout."""
+    _show_artifact("export", made.to_json(), exported.list_safe(made), None, as_json=as_json)
 
 
 def _show_artifact(

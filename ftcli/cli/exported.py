@@ -10,20 +10,33 @@ from ftcli.cli.outcome import format_bytes
 from ftcli.errors import VerificationFailed
 
 if TYPE_CHECKING:
+    from ftcli.gguf.adapter import ExportedAdapter
     from ftcli.gguf.export import Exported, ExportedFile
+    from ftcli.gguf.verify import Verification
+    from ftcli.jobs.safetensors import SafeExport
 
 _HEAD = f"  {'type':<7}{'size':>9} {'bits':>6}  {'KL':>8} {'bound':>6} {'top-1':>7}  perplexity"
 
 
 def build_document(exported: Exported) -> dict[str, Any]:
-    """The document of ``--json``; its ``verify`` is that of the worst file."""
-    files, worst = exported.files, find_worst(exported.files)
+    """The document of ``--json``."""
+    document = _build_document(exported.source, exported.files)
+    return {**document, "modelfile": str(exported.modelfile) if exported.modelfile else None}
+
+
+def build_adapter_document(made: ExportedAdapter) -> dict[str, Any]:
+    """The document of ``--json`` of a LoRA as GGUF."""
+    return _build_document(made.source, [made])
+
+
+def _build_document(source: str, files: Sequence[ExportedFile | ExportedAdapter]) -> dict[str, Any]:
+    """What is alike in both; ``verify`` is that of the worst file."""
+    worst = find_worst(files)
     return {
-        "source": exported.source,
-        "output": str(exported.output),
+        "source": source,
+        "output": str(files[0].path.parent),
         "bytes": sum(file.size_bytes for file in files),
         "files": [file.to_json() for file in files],
-        "modelfile": str(exported.modelfile) if exported.modelfile else None,
         "verify": worst.verification.to_json() if worst and worst.verification else None,
     }
 
@@ -36,7 +49,12 @@ def list_export(exported: Exported) -> Iterator[str]:
     yield f"{exported.source}: {len(files)} GGUF {'file' if len(files) == 1 else 'files'}"
     yield _HEAD
     for file in files:
-        yield f"  {file.kind:<7}{format_bytes(file.size_bytes):>9} {file.bits_per_weight:>6.2f}  {_describe(file)}"
+        size = f"{format_bytes(file.size_bytes):>9} {file.bits_per_weight:>6.2f}"
+        yield f"  {file.kind:<7}{size}  {_describe(file.verification)}"
+    if n_texts := max((file.verification.n_texts for file in files if file.verification), default=0):
+        n_misread = max(file.verification.n_misread for file in files if file.verification)
+        told = "all" if not n_misread else f"all but {n_misread}"
+        yield f"  vocabulary: {n_texts} texts were read, {told} with the tokenizer's own ids"
     yield ""
     for file in files:
         yield f"  {file.path}"
@@ -48,8 +66,32 @@ def list_export(exported: Exported) -> Iterator[str]:
         yield f"  ollama create {exported.name.lower()} -f {shlex.quote(str(exported.modelfile))}"
 
 
-def _describe(file: ExportedFile) -> str:
-    found = file.verification
+def list_adapter(made: ExportedAdapter) -> Iterator[str]:
+    """Yields the lines on the LoRA of a run as GGUF."""
+    ranks = f"rank {', '.join(map(str, made.ranks))}"
+    yield f"{made.source}: the LoRA of {made.n_modules} matrices, {ranks}, for {made.base}"
+    yield _HEAD
+    yield f"  {made.kind:<7}{format_bytes(made.size_bytes):>9} {32:>6.2f}  {_describe(made.verification)}"
+    yield from ("", f"  {made.path}")
+    if made.verification is None or made.verification.has_passed:
+        path = shlex.quote(str(made.path))
+        yield from ("", "next, with a GGUF file of the base:", f"  llama-cli -m BASE.gguf --lora {path} -cnv")
+
+
+def list_safe(made: SafeExport) -> Iterator[str]:
+    """Yields the lines on weights that are safetensors now."""
+    yield f"{made.output}: {made.n_tensors} tensors as safetensors"
+    yield f"  {'weights':<9} {format_bytes(made.size_bytes)} in {', '.join(made.files[:3])}"
+    if len(made.files) > 3:
+        yield f"  {'':<9} and {len(made.files) - 3} more"
+    for name, other in made.tied.items():
+        yield f"  {'tied':<9} {name} is {other}, which stands once"
+    if made.left_out:
+        yield f"  {'left out':<9} {', '.join(made.left_out[:3])}"
+    yield f"  {'verified':<9} {'every byte is that of the source' if made.verification else 'no'}"
+
+
+def _describe(found: Verification | None) -> str:
     if found is None:
         return "not verified"
     if found.problem:
@@ -61,12 +103,12 @@ def _describe(file: ExportedFile) -> str:
     return figures if verdict.has_passed else f"{figures} failed"
 
 
-def find_worst(files: Sequence[ExportedFile]) -> ExportedFile | None:
+def find_worst(files: Sequence[ExportedFile | ExportedAdapter]) -> ExportedFile | ExportedAdapter | None:
     """The file that is the furthest from its source; one that is unfit before all others."""
     return max((file for file in files if file.verification), key=_rate, default=None)
 
 
-def explain_failure(files: Sequence[ExportedFile]) -> VerificationFailed | None:
+def explain_failure(files: Sequence[ExportedFile | ExportedAdapter]) -> VerificationFailed | None:
     """The error of an export of which a file is not its source any more; None for a good one."""
     failed = [file for file in files if file.verification and not file.verification.has_passed]
     worst = find_worst(failed)
@@ -85,7 +127,7 @@ def explain_failure(files: Sequence[ExportedFile]) -> VerificationFailed | None:
     )
 
 
-def _suggest(file: ExportedFile) -> str:
+def _suggest(file: ExportedFile | ExportedAdapter) -> str:
     hints = []
     if file.from_4bit:
         merge = f"ftcli merge {shlex.quote(file.source)} --onto dequantized"
@@ -95,7 +137,7 @@ def _suggest(file: ExportedFile) -> str:
     return "; or ".join(hints) or "look at the model: ftcli inspect"
 
 
-def _rate(file: ExportedFile) -> tuple[bool, bool, float]:
+def _rate(file: ExportedFile | ExportedAdapter) -> tuple[bool, bool, float]:
     """How bad it is, where a KL that is no number is the worst."""
     found = file.verification
     if found is None or found.verdict is None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ftcli.cli import console
-from ftcli.cli.option import Data, Json, NoVerify, Quiet, Verbose
+from ftcli.cli.option import Base, Data, Json, NoVerify, Quiet, Verbose
 
 
 class Dtype(StrEnum):
@@ -34,9 +34,7 @@ def merge(
             metavar="RUN|ADAPTER", help="A run or an adapter; none: the newest finished run.", show_default=False
         ),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", metavar="MODEL", help="The base, where it lies elsewhere now.")
-    ] = None,
+    base: Base = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="DIR", help="Default: merged/ of the run, or ./NAME-merged."),

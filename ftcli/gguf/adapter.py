@@ -23,11 +23,10 @@ from ftcli.evaluate.compare import compare
 from ftcli.evaluate.llama_library import LlamaModel, load_library
 from ftcli.evaluate.llamacpp import LlamaCppBackend
 from ftcli.evaluate.loss import count_targets
-from ftcli.evaluate.sample import load_known_rows
 from ftcli.evaluate.target import MANIFEST, find_target
 from ftcli.evaluate.verdict import Verdict
-from ftcli.events import Notice, OnEvent, Progress, Saved, Stage, ignore_event
-from ftcli.gguf.card import build_card
+from ftcli.events import Notice, OnEvent, Saved, Stage, ignore_event
+from ftcli.gguf.card import write_card
 from ftcli.gguf.convert import convert
 from ftcli.gguf.draft import Draft, draft_model
 from ftcli.gguf.family import find_family
@@ -35,12 +34,11 @@ from ftcli.gguf.kind import find_limit
 from ftcli.gguf.lora import LoraDraft, check_expressible, draft_lora, find_lora_problem
 from ftcli.gguf.output import LORA, Output, find_output
 from ftcli.gguf.source import open_merge
-from ftcli.gguf.verify import Verification, record_source
+from ftcli.gguf.verify import Verification, load_best_rows, measure_options, record_source
 from ftcli.gguf.write import write_gguf
 from ftcli.merge.card import build_front
 from ftcli.merge.run import Merging
 from ftcli.merge.source import Source, build_source
-from ftcli.merge.verify import BATCH_TOKENS, MOST_TOKENS
 from ftcli.model.stored import is_tied
 from ftcli.store.file import check_free, disk_errors, read_json, scratch_folder, write_text
 from ftcli.store.run import locked
@@ -73,9 +71,9 @@ class ExportedAdapter:
         return LORA
 
     @property
-    def output(self) -> Path:
-        """The folder of the file."""
-        return self.path.parent
+    def larger(self) -> str:
+        """The kind to take where this one lost too much; there is none."""
+        return ""
 
     def to_json(self) -> dict[str, Any]:
         """An entry of ``files`` in the document of ``--json``."""
@@ -156,7 +154,8 @@ class _Exporting:
         self.draft = self._draft()
 
     def carry_out(self, data: str | None, verifies: bool, check: Callable[[], None]) -> ExportedAdapter:
-        documents = self._load_rows(data) if verifies else []
+        instead = "the file is checked, and not run"
+        documents = load_best_rows(self.source, data, self.on_event, instead=instead) if verifies else []
         path = self.scratch / self.place.name_file(LORA)
         self.on_event(Stage("gguf", path.name))
         size = write_gguf(path, self.draft.keys, self.draft.tensors)
@@ -167,7 +166,9 @@ class _Exporting:
         ranks = tuple(sorted({module.lora.b.shape[1] for module in self.draft.modules}))
         entry = {"modules": len(self.draft.modules), "ranks": ranks, "verify": found.to_json() if found else None}
         final = self.place.publish(path, self.source, LORA, entry)
-        self._write_card()
+        exports = (read_json(self.place.folder / MANIFEST) or {})["exports"]
+        first = next(entry["file"] for entry in exports.values())  # models stand before the adapter
+        write_card(self.place.folder, self.source.recipe, first=first)
         self.on_event(Saved(str(final)))
         return ExportedAdapter(
             self.source.name,
@@ -205,12 +206,6 @@ class _Exporting:
             else:
                 write_text(folder / "README.md", front)
         return folder
-
-    def _load_rows(self, data: str | None) -> list[Rendered]:
-        """The rows to compare on: those held out, else those trained on; without any that is told."""
-        instead = "the file is checked, and not run"
-        sets = load_known_rows(self.source, data, MOST_TOKENS, self.on_event, instead=instead)
-        return next((sets[name] for name in ("data", "held_out", "train") if name in sets), [])
 
     def _tell_template(self) -> None:
         """Nothing; it is told if a base's own file would render chats otherwise than they were trained."""
@@ -268,8 +263,7 @@ class _Exporting:
             recording,
             LlamaCppBackend(model, self.source.renderer),
             documents,
-            batch_tokens=BATCH_TOKENS,
-            on_progress=lambda done, total: self.on_event(Progress("verify", done, total)),
+            **measure_options(self.on_event),
         )
         limit = find_limit(kind, kl_base, is_4bit=self.source.quantization is not None)
         return Verification(Verdict(found, kl_base, limit))
@@ -283,13 +277,3 @@ class _Exporting:
         bare = replace(plan, parts=tuple(replace(part, lora=None) for part in plan.parts))
         draft = draft_model(open_merge(folder, bare, self.merging.weights))
         return draft, _KINDS.get(getattr(torch, plan.dtype), "f32")
-
-    def _write_card(self) -> None:
-        folder, recipe = self.place.folder, self.source.recipe
-        datasets = [Path(section.path).name for section in recipe.datasets] if recipe else []
-        has_modelfile = (folder / "Modelfile").is_file()
-        manifest = read_json(folder / MANIFEST) or {}
-        first = next((entry["file"] for entry in manifest["exports"].values()), "")  # models stand before the adapter
-        card = build_card(manifest, first=first, datasets=datasets, has_modelfile=has_modelfile)
-        with disk_errors(folder):
-            write_text(folder / "README.md", card)

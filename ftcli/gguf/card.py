@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ftcli.evaluate.target import MANIFEST
 from ftcli.gguf.output import LORA
 from ftcli.merge.card import build_front
+from ftcli.recipe import Recipe
+from ftcli.store.file import disk_errors, read_json, write_text
 
 _MEANING = (
     "KL is how far the next-token distribution of the file, run by llama.cpp, is from that of its source, in nats per",
@@ -17,8 +20,21 @@ _MEANING = (
 _KEPT_TYPES = 4  # of a file's mixture; the others are named together
 
 
-def build_card(manifest: Mapping[str, Any], *, first: str, datasets: Sequence[str], modelfile: Path | None) -> str:
-    """Markdown with the front matter that the Hub reads, from the manifest of an export; ``first`` is what to run."""
+def write_card(folder: Path, recipe: Recipe | None, *, first: str) -> None:
+    """Nothing; README.md lies in ``folder``, of an export of which ``first`` is the file to run.
+
+    Raises:
+        DiskError: the disk is full, or may not be written.
+    """
+    datasets = [Path(section.path).name for section in recipe.datasets] if recipe else []
+    has_modelfile = (folder / "Modelfile").is_file()
+    card = build_card(read_json(folder / MANIFEST) or {}, first=first, datasets=datasets, has_modelfile=has_modelfile)
+    with disk_errors(folder):
+        write_text(folder / "README.md", card)
+
+
+def build_card(manifest: Mapping[str, Any], *, first: str, datasets: Sequence[str], has_modelfile: bool) -> str:
+    """Markdown with the front matter that the Hub reads, from the manifest of an export."""
     name, adapter = manifest["name"], manifest["exports"].get(LORA)
     exports = {kind: entry for kind, entry in manifest["exports"].items() if kind != LORA}
     base = (manifest.get("base") or {}).get("id", "")
@@ -36,7 +52,7 @@ def build_card(manifest: Mapping[str, Any], *, first: str, datasets: Sequence[st
     lines += ["", *_MEANING, "", "Their types, by share of the weights:", ""]
     lines += [f"- {kind}: {list_types(entry['types'])}" for kind, entry in exports.items()]
     lines += ["", "## Use", "", "```console", f"$ llama-cli -m {first} -cnv"]
-    lines += [f"$ ollama create {name.lower()} -f Modelfile"] if modelfile else []
+    lines += [f"$ ollama create {name.lower()} -f Modelfile"] if has_modelfile else []
     return "\n".join([*lines, "```", ""])
 
 

@@ -18,24 +18,23 @@ from typing import Any
 from ftcli.data.chat import ChatRenderer, Rendered
 from ftcli.errors import ContentError, FtcliError, is_memory_error
 from ftcli.evaluate.loss import count_targets
-from ftcli.evaluate.sample import find_common_system, load_known_rows
+from ftcli.evaluate.sample import find_common_system
 from ftcli.evaluate.subject import open_target
 from ftcli.evaluate.target import MANIFEST, Target, find_target
 from ftcli.events import Notice, OnEvent, Saved, Stage, ignore_event
-from ftcli.gguf.card import build_card
+from ftcli.gguf.card import write_card
 from ftcli.gguf.convert import Converted, convert
-from ftcli.gguf.draft import Draft, draft_model
+from ftcli.gguf.draft import KINDS, Draft, draft_model
 from ftcli.gguf.kind import can_tell_loss, find_kinds, suggest_larger
 from ftcli.gguf.modelfile import build_modelfile
 from ftcli.gguf.original import draft_gguf
 from ftcli.gguf.output import Output, find_output
 from ftcli.gguf.source import OpenSource, open_folder, open_merge
-from ftcli.gguf.verify import Expected, Verification, record_source, verify_file
+from ftcli.gguf.verify import Expected, Verification, load_best_rows, record_source, verify_file
 from ftcli.gguf.vocabulary import Training, adds_bos
 from ftcli.merge.card import build_front
 from ftcli.merge.run import Merging
 from ftcli.merge.source import Source, build_source
-from ftcli.merge.verify import MOST_TOKENS
 from ftcli.model.base import choose_device, choose_dtype
 from ftcli.store.file import check_free, disk_errors, read_json, scratch_folder, write_text
 from ftcli.store.gguf_header import read_gguf_header
@@ -108,6 +107,7 @@ def export(
     target: str | None = None,
     *,
     kinds: Sequence[str],
+    base: str | None = None,
     output: Path | None = None,
     data: str | None = None,
     verifies: bool = True,
@@ -120,6 +120,7 @@ def export(
         target: a run, an adapter, or a model (folder, Hub id, GGUF file in 16 or 32 bits); None is the newest finished
             run.
         kinds: such as ``q4_k_m``; see `ftcli.gguf.draft.KINDS`.
+        base: the base model of a run or adapter, where it lies elsewhere than that says.
         output: the folder; by default ``gguf/`` of the run, or ``./NAME-gguf``.
         data: rows to compare on, instead of those of the run.
         verifies: whether each file is held against its source.
@@ -131,7 +132,7 @@ def export(
             ``verification`` says so.
     """
     wanted = find_kinds(kinds)
-    found = _find_source(target)
+    found = _find_source(target, base)
     place = find_output(found, output)
 
     def check() -> None:
@@ -145,9 +146,9 @@ def export(
         return _Exporting(found, place, scratch, on_event).carry_out(wanted, data, verifies, check)
 
 
-def _find_source(reference: str | None) -> Target:
+def _find_source(reference: str | None, base: str | None) -> Target:
     """The run, adapter or model that is exported."""
-    target = find_target(reference)
+    target = find_target(reference, base=base)
     return build_source(target) if target.adapter else target
 
 
@@ -159,7 +160,8 @@ class _Exporting:
         self.renderer = self._find_renderer()
 
     def carry_out(self, kinds: Sequence[str], data: str | None, verifies: bool, check: Callable[[], None]) -> Exported:
-        documents = self._load_rows(data) if verifies else []
+        instead = "only structure and vocabulary are checked"
+        documents = load_best_rows(self.target, data, self.on_event, instead=instead) if verifies else []
         draft = self._open_draft()
         self._check_disk(draft, kinds, documents)
         for text in draft.notices:
@@ -212,12 +214,6 @@ class _Exporting:
         write_text(folder / "README.md", "\n".join(build_front(base)))
         return open_merge(folder, merging.plan, merging.weights)
 
-    def _load_rows(self, data: str | None) -> list[Rendered]:
-        """The rows to compare on: those held out, else those trained on; without any that is told."""
-        instead = "only structure and vocabulary are checked"
-        sets = load_known_rows(self.target, data, MOST_TOKENS, self.on_event, instead=instead)
-        return next((sets[name] for name in ("data", "held_out", "train") if name in sets), [])
-
     def _check_disk(self, draft: Draft, kinds: Sequence[str], documents: Sequence[Rendered]) -> None:
         needed = sum(_HEAD_BYTES + sum(t.size_bytes for t in draft.plan(kind)) for kind in kinds)
         needed += 2 * sum(count_targets(documents)) * draft.n_vocabulary
@@ -262,17 +258,16 @@ class _Exporting:
 
     def _write_texts(self, files: Sequence[ExportedFile]) -> Path | None:
         """The Modelfile, which is of the first sound file; it lies beside the files, and the card too."""
-        manifest, recipe = read_json(self.place.folder / MANIFEST) or {}, self.target.recipe
         sound = next((file.path for file in files if file.is_usable), None)
         path = self.place.folder / "Modelfile" if sound else None
-        datasets = [Path(section.path).name for section in recipe.datasets] if recipe else []
-        with disk_errors(self.place.folder):
-            if sound and path:
-                write_text(
-                    path, self._build_modelfile(sound, [name for name in manifest["files"] if name != sound.name])
-                )
-            card = build_card(manifest, first=(sound or files[0].path).name, datasets=datasets, modelfile=path)
-            write_text(self.place.folder / "README.md", card)
+        if sound and path:
+            exports = (read_json(self.place.folder / MANIFEST) or {})["exports"]
+            others = [
+                exports[kind]["file"] for kind in KINDS if kind in exports and exports[kind]["file"] != sound.name
+            ]
+            with disk_errors(path):
+                write_text(path, self._build_modelfile(sound, others))
+        write_card(self.place.folder, self.target.recipe, first=(sound or files[0].path).name)
         return path
 
     def _build_modelfile(self, file: Path, others: Sequence[str]) -> str:

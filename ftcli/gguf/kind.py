@@ -51,7 +51,7 @@ def find_kinds(names: Sequence[str]) -> tuple[str, ...]:
         UsageError: none is named, or one that ftcli does not write.
     """
     if not names:
-        raise UsageError("there is nothing to export to", hint="name a type of GGUF file: --gguf q4_k_m")
+        raise UsageError("no type of GGUF file is named", hint="name one: --gguf q4_k_m")
     return tuple(dict.fromkeys(_find_kind(name) for name in names))
 
 

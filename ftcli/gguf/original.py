@@ -50,6 +50,8 @@ def draft_gguf(path: Path) -> Draft:
 
 def _check(header: GgufHeader, where: str) -> None:
     """None if smaller files can be made of this one."""
+    if header.metadata.get("general.type") == "adapter":
+        raise ContentError("is an adapter, and no model", where=where, hint="export the run or adapter it is made from")
     if header.architecture not in _ARCHITECTURES:
         raise ContentError(
             f"ftcli does not know which types llama.cpp gives the family {header.architecture or 'unknown'!a}",

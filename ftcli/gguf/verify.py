@@ -16,14 +16,16 @@ from ftcli.evaluate.compare import Recording, compare, record
 from ftcli.evaluate.llama_library import load_library
 from ftcli.evaluate.llamacpp import LlamaCppBackend
 from ftcli.evaluate.parity import TextReader, find_misread, list_probes, spell_documents
+from ftcli.evaluate.sample import load_known_rows
 from ftcli.evaluate.subject import Subject, open_subject
+from ftcli.evaluate.target import Target
 from ftcli.evaluate.verdict import Verdict
 from ftcli.events import Notice, OnEvent, Progress, Stage
 from ftcli.gguf.kind import find_limit
 from ftcli.gguf.reader import VocabularyReader
 from ftcli.gguf.vocabulary import KNOWN_ENDS
 from ftcli.gguf.write import OutputTensor
-from ftcli.merge.verify import BATCH_TOKENS
+from ftcli.merge.verify import BATCH_TOKENS, MOST_TOKENS
 from ftcli.store.file import make_folder
 from ftcli.store.gguf_header import GgufHeader, check_gguf_data
 from ftcli.store.vocabulary import read_gguf_vocabulary
@@ -84,6 +86,16 @@ class Expected:
     is_4bit: bool = False
 
 
+def load_best_rows(target: Target, data: str | None, on_event: OnEvent, *, instead: str) -> list[Rendered]:
+    """The rows to compare on: of ``data``, else those held out, else those trained on; without any that is told.
+
+    Raises:
+        FtcliError: ``data`` cannot be read.
+    """
+    sets = load_known_rows(target, data, MOST_TOKENS, on_event, instead=instead)
+    return next((sets[name] for name in ("data", "held_out", "train") if name in sets), [])
+
+
 def record_source(
     open_source: Callable[[], Subject],
     documents: Sequence[Rendered],
@@ -102,10 +114,10 @@ def record_source(
     on_event(Stage("verify", "the source"))
     make_folder(folder)
     source = open_source()
-    recording = record(source.backend, documents, folder, **_measure(on_event))
+    recording = record(source.backend, documents, folder, **measure_options(on_event))
     if not (measures_base and source.base):
         return recording, None
-    return recording, compare(recording, source.base.backend, documents, **_measure(on_event)).kl
+    return recording, compare(recording, source.base.backend, documents, **measure_options(on_event)).kl
 
 
 def verify_file(
@@ -130,7 +142,7 @@ def verify_file(
         return Verification(problem=_explain(error))
     if problem or result is None or expected.recording is None:
         return Verification(None, problem, n_texts, n_misread)
-    found = compare(expected.recording, result.backend, expected.documents, **_measure(on_event))
+    found = compare(expected.recording, result.backend, expected.documents, **measure_options(on_event))
     limit = find_limit(kind, expected.kl_base, is_4bit=expected.is_4bit)
     return Verification(Verdict(found, expected.kl_base, limit), "", n_texts, n_misread)
 
@@ -242,7 +254,8 @@ def _has_library() -> bool:
     return True
 
 
-def _measure(on_event: OnEvent) -> dict[str, Any]:
+def measure_options(on_event: OnEvent) -> dict[str, Any]:
+    """How models are compared here, and told of."""
     return {
         "batch_tokens": BATCH_TOKENS,
         "on_progress": lambda done, total: on_event(Progress("verify", done, total)),
