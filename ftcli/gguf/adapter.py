@@ -34,7 +34,7 @@ from ftcli.gguf.kind import find_limit
 from ftcli.gguf.lora import LoraDraft, check_expressible, draft_lora, find_lora_problem
 from ftcli.gguf.output import LORA, Output, find_output
 from ftcli.gguf.source import open_merge
-from ftcli.gguf.verify import Verification, load_best_rows, measure_options, record_source
+from ftcli.gguf.verify import Verification, load_best_rows, measure_options, record_source, record_verification
 from ftcli.gguf.write import write_gguf
 from ftcli.merge.card import build_front
 from ftcli.merge.run import Merging
@@ -124,7 +124,10 @@ def export_adapter(
     # a run that is only read may be another's, and its folder not ours to write
     run = source.run if source.run and place.folder.resolve().is_relative_to(source.run.path.resolve()) else None
     with locked(run) if run else nullcontext(), scratch_folder(place.folder) as scratch:
-        return _Exporting(source, place, scratch, on_event).carry_out(data, verifies, check)
+        made = _Exporting(source, place, scratch, on_event).carry_out(data, verifies, check)
+        if run:
+            record_verification(run, {made.path: made.verification})
+    return made
 
 
 def _find_source(reference: str | None, base: str | None) -> Source:

@@ -30,7 +30,7 @@ from ftcli.gguf.modelfile import build_modelfile
 from ftcli.gguf.original import draft_gguf
 from ftcli.gguf.output import Output, find_output
 from ftcli.gguf.source import OpenSource, open_folder, open_merge
-from ftcli.gguf.verify import Expected, Verification, load_best_rows, record_source, verify_file
+from ftcli.gguf.verify import Expected, Verification, load_best_rows, record_source, record_verification, verify_file
 from ftcli.gguf.vocabulary import Training, adds_bos
 from ftcli.merge.card import build_front
 from ftcli.merge.run import Merging
@@ -143,7 +143,10 @@ def export(
     # a run that is only read may be another's, and its folder not ours to write
     run = found.run if found.run and place.folder.resolve().is_relative_to(found.run.path.resolve()) else None
     with locked(run) if run else nullcontext(), scratch_folder(place.folder) as scratch:
-        return _Exporting(found, place, scratch, on_event).carry_out(wanted, data, verifies, check)
+        exported = _Exporting(found, place, scratch, on_event).carry_out(wanted, data, verifies, check)
+        if run:
+            record_verification(run, {file.path: file.verification for file in exported.files})
+    return exported
 
 
 def _find_source(reference: str | None, base: str | None) -> Target:

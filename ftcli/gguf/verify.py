@@ -5,7 +5,7 @@ source ─▶ log-probabilities on disk ─▶ (freed) ─▶ each file in llama
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ftcli.gguf.write import OutputTensor
 from ftcli.merge.verify import BATCH_TOKENS, MOST_TOKENS
 from ftcli.store.file import make_folder
 from ftcli.store.gguf_header import GgufHeader, check_gguf_data
+from ftcli.store.run import RunFolder, read_manifest, update_manifest
 from ftcli.store.vocabulary import read_gguf_vocabulary
 
 _MOST_TEXTS = 256
@@ -232,6 +233,13 @@ def _read_texts(path: Path, result: Subject | None, expected: Expected, on_event
         return n_texts, len(misread), told
     on_event(Notice(told))
     return n_texts, len(misread), ""
+
+
+def record_verification(run: RunFolder, found: Mapping[Path, Verification | None]) -> None:
+    """Nothing; the manifest of ``run`` says what came of the files in it."""
+    names = {str(path.resolve().relative_to(run.path.resolve())): value for path, value in found.items()}
+    figures = {name: value.to_json() if value else None for name, value in names.items()}
+    update_manifest(run, verify={**(read_manifest(run).get("verify") or {}), **figures})
 
 
 def _list_ends(renderer: ChatRenderer | None) -> tuple[str, ...]:
