@@ -9,6 +9,7 @@ import torch
 
 from ftcli.errors import ContentError, NumericError
 from ftcli.gguf.kquant import SCALES, quantize_rows
+from ftcli.gguf.native import find_packer
 from ftcli.model.stored import is_finite
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -26,11 +27,18 @@ def encode_block(block: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
     if dtype in _DTYPES:
         written = scales = block.float().to(_DTYPES[dtype])
     else:
-        written = quantize_rows(block.to("cuda") if torch.cuda.is_available() else block, dtype)
+        written = _pack(block, dtype)
         scales = _read_scales(written, dtype)
     if not is_finite(scales):
         raise NumericError(f"{name} is too large for {dtype}", hint="write bf16 or f32 instead")
     return written.cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _pack(block: torch.Tensor, dtype: str) -> torch.Tensor:
+    if torch.cuda.is_available():
+        return quantize_rows(block.to("cuda"), dtype)
+    packer = find_packer(dtype)
+    return packer(block) if packer else quantize_rows(block, dtype)
 
 
 def _read_scales(written: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -24,9 +24,11 @@ from ftcli.gguf.convert import convert
 from ftcli.gguf.draft import KINDS
 from ftcli.gguf.encode import encode_block
 from ftcli.gguf.kquant import SCALES
+from ftcli.gguf.native import find_packer
 from ftcli.gguf.source import OpenSource, SourceTensor, open_folder
 from ftcli.model.anatomy import describe_model
 from ftcli.model.dimensions import read_dimensions
+from ftcli.model.precision import GGUF_MIXTURES
 from ftcli.store.gguf_header import read_gguf_header
 
 HASHES = json.loads(Path(__file__).with_name("quantized.json").read_text())
@@ -45,6 +47,21 @@ def has_llama() -> bool:
 def open_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A function that returns the folder of a case."""
     return cache(lambda case: write_model(tmp_path_factory.mktemp("case") / "model", "smollm2", **QUANTIZED[case]))
+
+
+@pytest.fixture(autouse=True)
+def in_torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ftcli's own code packs, also where llama.cpp's could."""
+    if "natively" not in request.node.name:
+        monkeypatch.setattr("ftcli.gguf.encode.find_packer", lambda kind: None)
+
+
+@pytest.mark.skipif(not has_llama(), reason="llama.cpp is not installed")
+@pytest.mark.parametrize("kind", ["q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"])
+def test_file_is_the_same_natively(tmp_path: Path, open_case: Callable[[str], Path], kind: str) -> None:
+    result = convert(open_case("wide"), tmp_path / "a.gguf", kind=kind)
+    assert hashlib.sha256(result.path.read_bytes()).hexdigest() == HASHES["wide"][kind]
+    assert find_packer(GGUF_MIXTURES[kind]) is not None
 
 
 @pytest.mark.parametrize(
