@@ -191,6 +191,36 @@ def test_added_words_stay_visible_and_do_not_hide_the_pre_tokenizer(tmp_path: Pa
     assert metadata["tokenizer.chat_template"] == tokenizer.chat_template
 
 
+@needs_llama
+def test_added_words_are_in_the_text_that_llama_cpp_prints(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    words = ["<|gene|>", "kinase", "β-Lactamase"]
+    tokenizer.add_tokens(words)
+    tokenizer.add_tokens(["<|call|>"], special_tokens=True)
+    folder = save_model(tmp_path / "model", build_model(vocab_size=len(tokenizer)), tokenizer)
+    draft = draft_model(open_folder(folder), training=Training(words))
+    model = LlamaModel(convert(draft, tmp_path / "a.gguf", kind="f16").path, n_threads=1)
+
+    def print_piece(token: str) -> str:  # as its tools print answers: without special tokens
+        data = ctypes.create_string_buffer(64)
+        function = model._api.llama_token_to_piece
+        function.argtypes = (
+            ctypes.c_void_p,
+            ctypes.c_int32,
+            ctypes.c_char_p,
+            ctypes.c_int32,
+            ctypes.c_int32,
+            ctypes.c_bool,
+        )
+        n = function(model._vocabulary, tokenizer.convert_tokens_to_ids(token), data, 64, 0, False)
+        return data.raw[:n].decode()
+
+    assert [print_piece(word) for word in words] == words
+    assert print_piece("<|call|>") == ""
+    text = "the kinase of <|gene|> and β-Lactamase"
+    assert model.tokenize(text) == tokenizer(text).input_ids
+
+
 def test_turn_end_that_llama_cpp_does_not_know_is_told(tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<over>"]})
