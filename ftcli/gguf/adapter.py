@@ -41,7 +41,7 @@ from ftcli.merge.run import Merging
 from ftcli.merge.source import Source, build_source
 from ftcli.model.stored import is_tied
 from ftcli.store.file import check_free, disk_errors, read_json, scratch_folder, write_text
-from ftcli.store.run import locked
+from ftcli.store.run import find_owner, locked
 from ftcli.train.memory import explain_lack, release_models
 
 _HEAD_BYTES = 32 << 20  # of metadata and vocabulary
@@ -121,8 +121,7 @@ def export_adapter(
 
     check()
     on_event(Stage("check", f"{source.name} and {source.files.reference}"))
-    # a run that is only read may be another's, and its folder not ours to write
-    run = source.run if source.run and place.folder.resolve().is_relative_to(source.run.path.resolve()) else None
+    run = find_owner(source.run, place.folder)
     with locked(run) if run else nullcontext(), scratch_folder(place.folder) as scratch:
         made = _Exporting(source, place, scratch, on_event).carry_out(data, verifies, check)
         if run:

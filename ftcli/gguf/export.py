@@ -38,7 +38,7 @@ from ftcli.merge.source import Source, build_source
 from ftcli.model.base import choose_device, choose_dtype
 from ftcli.store.file import check_free, disk_errors, read_json, scratch_folder, write_text
 from ftcli.store.gguf_header import read_gguf_header
-from ftcli.store.run import locked
+from ftcli.store.run import find_owner, locked
 from ftcli.train.memory import explain_lack, release_models
 
 _HEAD_BYTES = 32 << 20  # of metadata and vocabulary, in each file
@@ -140,8 +140,7 @@ def export(
 
     check()
     on_event(Stage("check", f"{found.name} and {found.files.reference}" if found.adapter else found.name))
-    # a run that is only read may be another's, and its folder not ours to write
-    run = found.run if found.run and place.folder.resolve().is_relative_to(found.run.path.resolve()) else None
+    run = find_owner(found.run, place.folder)
     with locked(run) if run else nullcontext(), scratch_folder(place.folder) as scratch:
         exported = _Exporting(found, place, scratch, on_event).carry_out(wanted, data, verifies, check)
         if run:

@@ -43,7 +43,7 @@ from ftcli.store.file import (
     write_json,
     write_text,
 )
-from ftcli.store.run import MANIFEST_SCHEMA, locked, now_text, read_manifest, update_manifest
+from ftcli.store.run import MANIFEST_SCHEMA, find_owner, locked, now_text, read_manifest, update_manifest
 from ftcli.store.shard import measure_shards
 from ftcli.store.target import ModelFiles, fingerprint_model
 from ftcli.train.memory import explain_lack
@@ -130,8 +130,7 @@ def merge(
     bring_back(final)
     check_output(final, source, overwrite=overwrite)
     on_event(Stage("check", f"{source.name} and {source.files.reference}"))
-    # a run that is only read may be another's, and its folder not ours to write
-    run = source.run if source.run and final.resolve().is_relative_to(source.run.path.resolve()) else None
+    run = find_owner(source.run, final)
     with locked(run) if run else nullcontext():
         merging = Merging(source, final, DTYPES[dtype] if dtype else None, onto, on_event)
         merged = merging.carry_out(data, verifies, lambda: check_output(final, source, overwrite=overwrite))

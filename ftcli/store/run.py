@@ -174,6 +174,11 @@ def find_newest_run(root: Path = Path("runs")) -> RunFolder:
     return max(finished, key=lambda pair: pair[0])[1]
 
 
+def find_owner(run: RunFolder | None, folder: Path) -> RunFolder | None:
+    """``run`` if ``folder`` lies in it; a run that is only read may be another's, and its folder not ours to write."""
+    return run if run and folder.resolve().is_relative_to(run.path.resolve()) else None
+
+
 @contextmanager
 def locked(run: RunFolder) -> Iterator[None]:
     """A block in which no other process can train into this run folder.

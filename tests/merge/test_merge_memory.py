@@ -12,59 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_tokenizer
+from large_model import FFN, HIDDEN, LAYERS, MODULES, write_large_model
 from safetensors.torch import save_file
 
-from ftcli.store.shard import PlannedTensor, plan_shards, write_shards
-
-HIDDEN, FFN, LAYERS, VOCAB = 2048, 8192, 20, 4096
-MODULES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (HIDDEN // 4, HIDDEN),
-    "self_attn.v_proj": (HIDDEN // 4, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (FFN, HIDDEN),
-    "mlp.up_proj": (FFN, HIDDEN),
-    "mlp.down_proj": (HIDDEN, FFN),
-}
-
-
-def write_base(folder: Path) -> int:
-    """The bytes of a random sharded Llama in bfloat16, written piece by piece."""
-    folder.mkdir()
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "vocab_size": VOCAB,
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = [PlannedTensor(name, "BF16", (VOCAB, HIDDEN)) for name in ("model.embed_tokens.weight", "lm_head.weight")]
-    for layer in range(LAYERS):
-        for name, shape in MODULES.items():
-            tensors.append(PlannedTensor(f"model.layers.{layer}.{name}.weight", "BF16", shape))
-        norms = [f"model.layers.{layer}.{name}.weight" for name in ("input_layernorm", "post_attention_layernorm")]
-        tensors += [PlannedTensor(name, "BF16", (HIDDEN,)) for name in norms]
-    tensors.append(PlannedTensor("model.norm.weight", "BF16", (HIDDEN,)))
-    piece = (torch.randn(1 << 20) * 0.02).bfloat16().view(torch.uint8).numpy()
-
-    def make_pieces(tensor: PlannedTensor) -> list[object]:
-        whole, rest = divmod(tensor.size_bytes, piece.nbytes)
-        return [piece] * whole + ([piece[:rest]] if rest else [])
-
-    write_shards(folder, plan_shards(tensors, 600_000_000), make_pieces)
-    return sum(tensor.size_bytes for tensor in tensors)
+VOCAB = 4096
 
 
 @pytest.mark.slow
 def test_the_peak_is_that_of_tensors_not_of_the_model(tmp_path: Path) -> None:
     base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
-    size = write_base(base)
+    size = sum(tensor.size_bytes for tensor in write_large_model(base, VOCAB, 600_000_000))
     adapter.mkdir()
     weights = {}
     for layer in range(LAYERS):
