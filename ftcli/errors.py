@@ -154,6 +154,11 @@ def explain_stop(error: KeyboardInterrupt) -> Interrupted:
     return Interrupted(f"stopped by {signal.Signals(number).name}", signal_number=number)
 
 
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, told in ftcli's words or in a library's."""
+    return isinstance(error, MemoryExhausted) or is_memory_error(error)
+
+
 def is_memory_error(error: BaseException) -> bool:
     """Whether host or device memory ran out, in the many ways that torch, safetensors and C++ have to say so."""
     if isinstance(error, FtcliError):

@@ -9,7 +9,6 @@ import typer
 from ftcli.cli import console, dialogue
 from ftcli.cli.line import LineReader
 from ftcli.cli.option import Json, Quiet, Verbose
-from ftcli.cli.processor import share_processor
 from ftcli.events import Notice, Progress
 from ftcli.store.cache import find_cache
 
@@ -38,7 +37,6 @@ def chat(
     """Talk to a run, an adapter or a model."""
     if prompt is None and json:
         raise typer.BadParameter("needs --prompt", param_hint="--json")
-    share_processor()
     with console.reporting(quiet=quiet or json, verbose=verbose) as report:
         report(Progress(f"loading {target or 'the newest finished run'} …", 0, 0))
         from ftcli.evaluate.generate import Sampling

@@ -8,7 +8,6 @@ import typer
 
 from ftcli.cli import console
 from ftcli.cli.option import Json, Quiet, Verbose
-from ftcli.cli.processor import share_processor
 from ftcli.cli.scoreboard import list_scoreboard
 
 
@@ -57,7 +56,6 @@ def evaluate(
     verbose: Verbose = False,
 ) -> None:
     """Measure models side by side: loss, perplexity, KL to the first one, score."""
-    share_processor()
     with console.reporting(quiet=quiet or json, verbose=verbose) as on_event:
         from ftcli.jobs.entry import Measure
         from ftcli.jobs.evaluate import evaluate_targets

@@ -10,7 +10,6 @@ import typer
 
 from ftcli.cli import console
 from ftcli.cli.option import Base, Data, Json, NoVerify, Quiet, Verbose
-from ftcli.cli.processor import share_processor
 from ftcli.errors import UsageError
 
 _WAYS = "a GGUF file: --gguf q4_k_m; the LoRA alone: --adapter; .bin weights as safetensors: --safetensors"
@@ -47,7 +46,6 @@ def export(
 ) -> None:
     """Write what llama.cpp, Ollama and others run, and measure what it lost."""
     options: dict[str, Any] = {"output": output, "verifies": not no_verify, "overwrite": overwrite}
-    share_processor()
     with console.reporting(quiet=quiet or json, verbose=verbose) as on_event:
         _check_way(target, gguf or [], adapter=adapter, safetensors=safetensors, compared=data or base)
         made: Any

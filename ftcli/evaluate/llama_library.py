@@ -304,7 +304,9 @@ class LlamaModel:
             self._free, self._room = weakref.finalize(self, self._api.llama_free, self._context), params.n_ctx
             self._api.llama_set_n_threads(self._context, self.n_threads, self.n_threads)
             if self._adapter:
-                self._api.llama_set_adapters_lora(self._context, (c_void_p * 1)(self._adapter), 1, (c_float * 1)(1.0))
+                adapters, scales = (c_void_p * 1)(self._adapter), (c_float * 1)(1.0)
+                if self._api.llama_set_adapters_lora(self._context, adapters, 1, scales):
+                    raise self._explain("llama.cpp cannot use the adapter")
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), False)
 
     def decode(self, ids: Sequence[int], wanted: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from ftcli.data.batch import IGNORE_LABEL, list_labels
 from ftcli.data.chat import ChatRenderer, Rendered
 from ftcli.errors import ContentError
 from ftcli.evaluate.generate import Sampling, build_streamer, decode_answer, list_stop_ids
-from ftcli.evaluate.llama_library import LlamaModel
+from ftcli.evaluate.llama_library import LlamaModel, check_runnable
 from ftcli.evaluate.parity import find_misread, list_probes
 from ftcli.evaluate.target import Target
+from ftcli.store.gguf_header import check_gguf_data
+from ftcli.store.vocabulary import read_gguf_vocabulary
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,20 @@ def build_chooser(sampling: Sampling) -> Callable[[Sequence[int], torch.Tensor],
         return int(scores.argmax())
 
     return choose
+
+
+def open_llama(path: Path, where: str, *, adapter: Path | None = None) -> LlamaModel:
+    """The model of the GGUF file at ``path``, with the LoRA of the file ``adapter``, in llama.cpp's memory.
+
+    Raises:
+        UsageError: there is no llama.cpp.
+        ContentError: the file is damaged, or llama.cpp refuses it.
+        MemoryExhausted: it does not fit.
+    """
+    header = read_gguf_vocabulary(path)
+    check_gguf_data(header, path.stat().st_size, where)
+    check_runnable(header, where)
+    return LlamaModel(path, n_threads=torch.get_num_threads(), adapter=adapter)
 
 
 def choose_renderer(model: LlamaModel, target: Target, offered: ChatRenderer | None = None) -> ChatRenderer:

@@ -123,13 +123,17 @@ def load_file_rows(
 
 def find_common_system(recipe: Recipe) -> str:
     """The system text with which every conversation of a run began; empty where they differ, or cannot be read."""
+    texts: set[str] = set()
     try:
-        examples = [e for section in recipe.datasets for e in read_section(section, find_section(section))]
+        for section in recipe.datasets:
+            for example in read_section(section, find_section(section)):
+                first = example.messages[0] if example.messages else None
+                texts.add(first.content or "" if first and first.role == "system" else "")
+                if len(texts) > 1:
+                    return ""
     except FtcliError:
         return ""
-    first = [e.messages[0] if e.messages else None for e in examples]
-    texts = {message.content or "" if message and message.role == "system" else "" for message in first}
-    return texts.pop() if len(texts) == 1 else ""
+    return texts.pop() if texts else ""
 
 
 def choose_documents(documents: Sequence[Rendered], most_tokens: int, context: int | None) -> list[Rendered]:

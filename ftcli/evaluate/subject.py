@@ -17,17 +17,16 @@ from ftcli.data.chat import ChatRenderer, Rendered
 from ftcli.data.message import Message
 from ftcli.errors import ContentError, UsageError
 from ftcli.evaluate.generate import Sampling, build_streamer, find_context, generate_texts
-from ftcli.evaluate.llama_library import LlamaModel, check_runnable, load_library
-from ftcli.evaluate.llamacpp import LlamaCppBackend, choose_renderer
+from ftcli.evaluate.llama_library import load_library
+from ftcli.evaluate.llamacpp import LlamaCppBackend, choose_renderer, open_llama
 from ftcli.evaluate.loss import compute_logits
 from ftcli.evaluate.target import Target, find_base, find_target
 from ftcli.events import Notice, OnEvent, ignore_event
 from ftcli.model.base import check_gguf, choose_device, choose_dtype, count_embedding_rows, load_model
 from ftcli.model.build import load_adapter
 from ftcli.recipe import ModelSection
-from ftcli.store.gguf_header import check_gguf_data
+from ftcli.store.gguf_header import check_gguf_data, read_gguf_header
 from ftcli.store.target import ModelFiles
-from ftcli.store.vocabulary import read_gguf_vocabulary
 
 
 class Backend(Protocol):
@@ -174,11 +173,10 @@ def open_adapter(target: Target, renderer: ChatRenderer) -> Subject:
 
 
 def _open_gguf(target: Target, path: Path, renderer: ChatRenderer | None, on_event: OnEvent) -> Subject:
-    header = read_gguf_vocabulary(path)
-    check_gguf_data(header, path.stat().st_size, target.name)
     try:
         load_library()
     except UsageError as error:
+        check_gguf_data(read_gguf_header(path), path.stat().st_size, target.name)
         try:
             check_gguf(target.files)
         except ContentError as refusal:
@@ -186,8 +184,7 @@ def _open_gguf(target: Target, path: Path, renderer: ChatRenderer | None, on_eve
             raise ContentError(refusal.what, where=refusal.where, why=str(error.what), hint=hint) from error
         on_event(Notice(f"{error.what}: transformers runs the dequantised weights; {error.hint}"))
         return open_plain(target, target.load_renderer())
-    check_runnable(header, target.name)
-    model = LlamaModel(path, n_threads=torch.get_num_threads())
+    model = open_llama(path, target.name)
     renderer = choose_renderer(model, target, renderer)
     return Subject(target.name, renderer, LlamaCppBackend(model, renderer))
 

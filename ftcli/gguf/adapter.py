@@ -20,8 +20,8 @@ from ftcli.data.chat import Rendered
 from ftcli.data.tokenizer import load_tokenizer
 from ftcli.errors import ContentError, DiskError, FtcliError, MemoryExhausted, UsageError, is_memory_error
 from ftcli.evaluate.compare import compare
-from ftcli.evaluate.llama_library import LlamaModel, load_library
-from ftcli.evaluate.llamacpp import LlamaCppBackend
+from ftcli.evaluate.llama_library import load_library
+from ftcli.evaluate.llamacpp import LlamaCppBackend, open_llama
 from ftcli.evaluate.loss import count_targets
 from ftcli.evaluate.target import MANIFEST, find_target
 from ftcli.evaluate.verdict import Verdict
@@ -34,7 +34,7 @@ from ftcli.gguf.kind import find_limit
 from ftcli.gguf.lora import LoraDraft, check_expressible, draft_lora, find_lora_problem
 from ftcli.gguf.output import LORA, Output, find_output
 from ftcli.gguf.source import open_merge
-from ftcli.gguf.verify import Verification, load_best_rows, measure_options, record_source, record_verification
+from ftcli.gguf.verify import Verification, explain, load_best_rows, measure_options, record_source, record_verification
 from ftcli.gguf.write import write_gguf
 from ftcli.merge.card import build_front
 from ftcli.merge.run import Merging
@@ -125,7 +125,7 @@ def export_adapter(
     with locked(run) if run else nullcontext(), scratch_folder(place.folder) as scratch:
         made = _Exporting(source, place, scratch, on_event).carry_out(data, verifies, check)
         if run:
-            record_verification(run, {made.path: made.verification})
+            record_verification(run, made.path, made.verification)
     return made
 
 
@@ -258,9 +258,9 @@ class _Exporting:
         base = convert(draft, self.scratch / "base.gguf", kind=kind, on_event=self.on_event).path
         self.on_event(Stage("verify", f"{path.name} on its base"))
         try:
-            model = LlamaModel(base, n_threads=torch.get_num_threads(), adapter=path)
+            model = open_llama(base, base.name, adapter=path)
         except ContentError as error:
-            return Verification(problem=f"{error.what}: {error.why}")
+            return Verification(problem=explain(error))
         found = compare(
             recording,
             LlamaCppBackend(model, self.source.renderer),

@@ -15,6 +15,7 @@ from ftcli.errors import UsageError
 from ftcli.events import Notice, OnEvent, Pace, ignore_event
 from ftcli.gguf.ahead import count_threads
 from ftcli.gguf.draft import KINDS, Draft, draft_model
+from ftcli.gguf.native import find_packer
 from ftcli.gguf.source import Source, open_folder
 from ftcli.gguf.write import write_gguf
 
@@ -79,6 +80,8 @@ def convert(
         for text in draft.notices:
             on_event(Notice(text))
     tensors = draft.plan(kind)
+    for dtype in sorted({tensor.dtype for tensor in tensors}):
+        find_packer(dtype)  # before threads ask for it, so that llama.cpp is loaded once
     data_bytes = sum(tensor.size_bytes for tensor in tensors)
     pace = Pace("gguf", data_bytes, unit="bytes")
     size = write_gguf(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ftcli.data.chat import ChatRenderer, Rendered
-from ftcli.errors import ContentError, FtcliError, is_memory_error
+from ftcli.errors import ContentError, FtcliError, is_lack_of_memory
 from ftcli.evaluate.loss import count_targets
 from ftcli.evaluate.sample import find_common_system
 from ftcli.evaluate.subject import open_target
@@ -38,11 +38,12 @@ from ftcli.merge.source import Source, build_source
 from ftcli.model.base import choose_device, choose_dtype
 from ftcli.store.file import check_free, disk_errors, read_json, scratch_folder, write_text
 from ftcli.store.gguf_header import read_gguf_header
-from ftcli.store.run import find_owner, locked
+from ftcli.store.run import RunFolder, find_owner, locked
 from ftcli.train.memory import explain_lack, release_models
 
 _HEAD_BYTES = 32 << 20  # of metadata and vocabulary, in each file
 _LEAST_CONTEXT = 4096  # of a Modelfile, where the model has as much
+_PACKED_RATIO = 3  # by which 4 bits, with what stays in 16, are less
 _MOST_FALLBACK = 0.5  # of the parameters; beyond, a file is not what its kind says
 
 
@@ -135,17 +136,14 @@ def export(
     found = _find_source(target, base)
     place = find_output(found, output)
 
-    def check() -> None:
-        place.check(found, wanted, overwrite=overwrite)
+    def check(kinds: Sequence[str]) -> None:
+        place.check(found, kinds, overwrite=overwrite)
 
-    check()
+    check(wanted)
     on_event(Stage("check", f"{found.name} and {found.files.reference}" if found.adapter else found.name))
     run = find_owner(found.run, place.folder)
     with locked(run) if run else nullcontext(), scratch_folder(place.folder) as scratch:
-        exported = _Exporting(found, place, scratch, on_event).carry_out(wanted, data, verifies, check)
-        if run:
-            record_verification(run, {file.path: file.verification for file in exported.files})
-    return exported
+        return _Exporting(found, place, scratch, run, check, on_event).carry_out(wanted, data, verifies)
 
 
 def _find_source(reference: str | None, base: str | None) -> Target:
@@ -157,11 +155,20 @@ def _find_source(reference: str | None, base: str | None) -> Target:
 class _Exporting:
     """An export under way; all that is not finished lies in ``scratch``."""
 
-    def __init__(self, target: Target, place: Output, scratch: Path, on_event: OnEvent) -> None:
-        self.target, self.place, self.scratch, self.on_event = target, place, scratch, on_event
+    def __init__(
+        self,
+        target: Target,
+        place: Output,
+        scratch: Path,
+        run: RunFolder | None,
+        check: Callable[[Sequence[str]], None],
+        on_event: OnEvent,
+    ) -> None:
+        self.target, self.place, self.scratch, self.run = target, place, scratch, run
+        self.check, self.on_event = check, on_event
         self.renderer = self._find_renderer()
 
-    def carry_out(self, kinds: Sequence[str], data: str | None, verifies: bool, check: Callable[[], None]) -> Exported:
+    def carry_out(self, kinds: Sequence[str], data: str | None, verifies: bool) -> Exported:
         instead = "only structure and vocabulary are checked"
         documents = load_best_rows(self.target, data, self.on_event, instead=instead) if verifies else []
         draft = self._open_draft()
@@ -178,7 +185,6 @@ class _Exporting:
                 self.on_event(Notice(f"{share} have rows that {kind} does not fit: they have another, larger type"))
         expected = self._expect(draft, kinds, documents) if verifies else None
         release_models()
-        check()
         finished = tuple(self._finish(kind, files[kind], draft, expected) for kind in kinds)
         return Exported(self.target.name, self.place.name, finished, self._write_texts(finished))
 
@@ -234,7 +240,8 @@ class _Exporting:
         if not documents:
             return expected
         dtype = choose_dtype(self.target.section.dtype, choose_device())
-        if not is_gguf and (lack := explain_lack(draft.n_parameters, dtype)):
+        n_parameters = draft.n_parameters // (_PACKED_RATIO if expected.is_4bit else 1)
+        if not is_gguf and (lack := explain_lack(n_parameters, dtype)):
             self.on_event(Notice(f"the source is not run, so nothing is compared: {lack}"))
             return expected
         try:
@@ -246,7 +253,7 @@ class _Exporting:
                 measures_base=expected.is_4bit or any(map(can_tell_loss, kinds)),
             )
         except Exception as error:
-            if not is_memory_error(error):
+            if not is_lack_of_memory(error):
                 raise
             self.on_event(Notice("the source does not fit in memory: nothing is compared"))
             return expected
@@ -261,16 +268,21 @@ class _Exporting:
     def _write_texts(self, files: Sequence[ExportedFile]) -> Path | None:
         """The Modelfile, which is of the first sound file; it lies beside the files, and the card too."""
         sound = next((file.path for file in files if file.is_usable), None)
-        path = self.place.folder / "Modelfile" if sound else None
-        if sound and path:
-            exports = (read_json(self.place.folder / MANIFEST) or {})["exports"]
-            others = [
-                exports[kind]["file"] for kind in KINDS if kind in exports and exports[kind]["file"] != sound.name
-            ]
-            with disk_errors(path):
-                write_text(path, self._build_modelfile(sound, others))
+        path = self.place.folder / "Modelfile"
+        with disk_errors(path):
+            if sound:
+                write_text(path, self._build_modelfile(sound, self._list_others(sound)))
+            elif path.is_file() or path.is_symlink():
+                path.unlink()  # of a file that may have been replaced by one that failed
         write_card(self.place.folder, self.target.recipe, first=(sound or files[0].path).name)
-        return path
+        return path if sound else None
+
+    def _list_others(self, file: Path) -> list[str]:
+        """The sound files beside ``file``."""
+        exports = (read_json(self.place.folder / MANIFEST) or {})["exports"]
+        known = [exports[kind] for kind in KINDS if kind in exports]
+        sound = [entry["file"] for entry in known if (entry["verify"] or {}).get("passed", True)]
+        return [name for name in sound if name != file.name]
 
     def _build_modelfile(self, file: Path, others: Sequence[str]) -> str:
         metadata = read_gguf_header(file).metadata
@@ -297,7 +309,10 @@ class _Exporting:
             "types": types,
             "verify": found.to_json() if found else None,
         }
+        self.check([kind])  # nothing came there meanwhile
         final = self.place.publish(made.path, self.target, kind, entry)
+        if self.run:
+            record_verification(self.run, final, found)
         self.on_event(Saved(str(final)))
         is_4bit = self.target.quantization is not None
         return ExportedFile(self.target.name, kind, final, made.size_bytes, made.bits_per_weight, found, types, is_4bit)

@@ -5,19 +5,20 @@ source ─▶ log-probabilities on disk ─▶ (freed) ─▶ each file in llama
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ftcli.data.chat import ChatRenderer, Rendered
-from ftcli.errors import ContentError, FtcliError, MemoryExhausted, UsageError, is_memory_error
+from ftcli.data.template import ChatTemplate
+from ftcli.errors import ContentError, FtcliError, UsageError, is_lack_of_memory
 from ftcli.evaluate.compare import Recording, compare, record
 from ftcli.evaluate.llama_library import load_library
-from ftcli.evaluate.llamacpp import LlamaCppBackend
+from ftcli.evaluate.llamacpp import LlamaCppBackend, open_llama
 from ftcli.evaluate.parity import TextReader, find_misread, list_probes, spell_documents
 from ftcli.evaluate.sample import load_known_rows
-from ftcli.evaluate.subject import Subject, open_subject
+from ftcli.evaluate.subject import Backend, Subject, open_subject
 from ftcli.evaluate.target import Target
 from ftcli.evaluate.verdict import Verdict
 from ftcli.events import Notice, OnEvent, Progress, Stage
@@ -137,13 +138,29 @@ def verify_file(
     if problem := find_problem(path, tensors, expected):
         return Verification(problem=problem)
     try:
-        result = _open_result(path, expected, on_event)
-        n_texts, n_misread, problem = _read_texts(path, result, expected, on_event)
-    except (ContentError, UsageError) as error:
-        return Verification(problem=_explain(error))
-    if problem or result is None or expected.recording is None:
-        return Verification(None, problem, n_texts, n_misread)
-    found = compare(expected.recording, result.backend, expected.documents, **measure_options(on_event))
+        return _run(path, kind, expected, on_event)
+    except ContentError as error:
+        return Verification(problem=explain(error))
+
+
+def _run(path: Path, kind: str, expected: Expected, on_event: OnEvent) -> Verification:
+    """What comes of reading texts, and of running the file on the rows.
+
+    Raises:
+        ContentError: llama.cpp refuses the file.
+    """
+    backend = _open_backend(path, expected, on_event)
+    n_texts, n_misread, problem = _read_texts(path, backend, expected, on_event)
+    unmeasured = Verification(None, problem, n_texts, n_misread)
+    if problem or backend is None or expected.recording is None:
+        return unmeasured
+    try:
+        found = compare(expected.recording, backend, expected.documents, **measure_options(on_event))
+    except Exception as error:
+        if not is_lack_of_memory(error):
+            raise
+        on_event(Notice(f"{path.name} is not compared with its source: {explain(error)}"))
+        return unmeasured
     limit = find_limit(kind, expected.kl_base, is_4bit=expected.is_4bit)
     return Verification(Verdict(found, expected.kl_base, limit), "", n_texts, n_misread)
 
@@ -154,12 +171,16 @@ def find_problem(path: Path, tensors: Sequence[OutputTensor], expected: Expected
         header = read_gguf_vocabulary(path)
         check_gguf_data(header, path.stat().st_size, path.name)
     except ContentError as error:
-        return _explain(error)
+        return explain(error)
     found = {tensor.name: (tensor.shape, tensor.dtype) for tensor in header.tensors}
     wanted = {tensor.name: (tensor.shape, tensor.dtype) for tensor in tensors}
     if wrong := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
         return f"the tensor {wrong[0]} is not as it was to be written"
-    return _find_wrong_end(header, expected) or _find_wrong_start(header, expected)
+    return (
+        _find_wrong_end(header, expected)
+        or _find_wrong_start(header, expected)
+        or _find_wrong_template(header, expected)
+    )
 
 
 def _find_wrong_end(header: GgufHeader, expected: Expected) -> str:
@@ -192,7 +213,22 @@ def _find_wrong_start(header: GgufHeader, expected: Expected) -> str:
     return ""
 
 
-def _open_result(path: Path, expected: Expected, on_event: OnEvent) -> Subject | None:
+def _find_wrong_template(header: GgufHeader, expected: Expected) -> str:
+    """What is wrong if the template in the file, by itself, writes a chat otherwise than in training; empty if not."""
+    source = header.metadata.get("tokenizer.chat_template")
+    if not (expected.is_trained and expected.tokenizer and expected.renderer and isinstance(source, str)):
+        return ""
+    known = expected.renderer.template
+    embedded = ChatTemplate(source, known.special_tokens, None, known.date)
+    question = [{"role": "user", "content": "a"}]
+    try:
+        texts = [template.render(question, None, prompt=True) for template in (known, embedded)]
+    except ContentError:
+        return ""
+    return "" if texts[0] == texts[1] else "the chat template in the file writes a chat otherwise than in training"
+
+
+def _open_backend(path: Path, expected: Expected, on_event: OnEvent) -> Backend | None:
     """The model of the file; None where nothing here runs it, or nothing is to be learned from that.
 
     Raises:
@@ -202,23 +238,23 @@ def _open_result(path: Path, expected: Expected, on_event: OnEvent) -> Subject |
     if expected.recording is None and not (has_library and expected.tokenizer):
         return None
     try:
-        return open_subject(str(path), renderer=expected.renderer, on_event=on_event)
-    except (FtcliError, RuntimeError, OSError, MemoryError) as error:
-        is_lack = isinstance(error, MemoryExhausted) or is_memory_error(error)
-        if not (is_lack or (isinstance(error, FtcliError) and not has_library)):
+        if has_library and expected.renderer:
+            return LlamaCppBackend(open_llama(path, path.name), expected.renderer)
+        return open_subject(str(path), renderer=expected.renderer, on_event=on_event).backend
+    except Exception as error:
+        if not (is_lack_of_memory(error) or (isinstance(error, FtcliError) and not has_library)):
             raise
-        on_event(Notice(f"{path.name} is not compared with its source: {_explain(error)}"))
+        on_event(Notice(f"{path.name} is not compared with its source: {explain(error)}"))
     return None
 
 
-def _read_texts(path: Path, result: Subject | None, expected: Expected, on_event: OnEvent) -> tuple[int, int, str]:
+def _read_texts(path: Path, backend: Backend | None, expected: Expected, on_event: OnEvent) -> tuple[int, int, str]:
     """How many texts were read, how many of them otherwise than in training, and what is wrong with that.
 
     llama.cpp reads them where it runs the file, else this reads its vocabulary.
     """
     if expected.tokenizer is None or expected.renderer is None:
         return 0, 0, ""
-    backend = result.backend if result else None
     reader: TextReader = backend.model if isinstance(backend, LlamaCppBackend) else VocabularyReader(path)
     probes = list_probes(expected.renderer)
     if misread := find_misread(reader, expected.tokenizer, probes):
@@ -235,11 +271,11 @@ def _read_texts(path: Path, result: Subject | None, expected: Expected, on_event
     return n_texts, len(misread), ""
 
 
-def record_verification(run: RunFolder, found: Mapping[Path, Verification | None]) -> None:
-    """Nothing; the manifest of ``run`` says what came of the files in it."""
-    names = {str(path.resolve().relative_to(run.path.resolve())): value for path, value in found.items()}
-    figures = {name: value.to_json() if value else None for name, value in names.items()}
-    update_manifest(run, verify={**(read_manifest(run).get("verify") or {}), **figures})
+def record_verification(run: RunFolder, path: Path, found: Verification | None) -> None:
+    """Nothing; the manifest of ``run`` says what came of the file at ``path``, which lies in it."""
+    name = str(path.resolve().relative_to(run.path.resolve()))
+    figures = found.to_json() if found else None
+    update_manifest(run, verify={**(read_manifest(run).get("verify") or {}), name: figures})
 
 
 def _list_ends(renderer: ChatRenderer | None) -> tuple[str, ...]:
@@ -250,7 +286,8 @@ def _list_ends(renderer: ChatRenderer | None) -> tuple[str, ...]:
         return ()
 
 
-def _explain(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
+    """What went wrong and why, in a line."""
     return f"{error.what}: {error.why}" if isinstance(error, FtcliError) and error.why else str(error)
 
 

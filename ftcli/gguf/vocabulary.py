@@ -264,12 +264,18 @@ def _read_template(tokenizer: Any, training: Training | None) -> str:
     template = tokenizer.chat_template
     text = str(template.get("default", "") if isinstance(template, Mapping) else template or "")
     told = training.template_kwargs if training and text else {}
-    return "".join(f"{{%- set {name} = {_write_literal(value)} %}}" for name, value in told.items()) + text
+    known = "".join(f"{{%- set {name} = {_write_literal(value)} %}}" for name, value in told.items())
+    # Jinja takes a newline away behind a block
+    return f"{known}\n{text}" if known and text.startswith("\n") else known + text
 
 
 def _write_literal(value: Any) -> str:
     """A value of a recipe in Jinja."""
-    return "none" if value is None else json.dumps(value)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_write_literal(key)}: {_write_literal(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_write_literal, value))}]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _find_turn_end(tokenizer: Any) -> Any:

@@ -72,8 +72,7 @@ def test_a_merge_that_is_missing_is_found(judge: Any) -> None:
         del keys["tokenizer.ggml.merges"][1:]
 
     found = judge(lose)
-    assert not found.has_passed
-    assert "read" in found.problem or "tokenizer" in found.problem
+    assert "would read texts otherwise" in found.problem
 
 
 def test_an_end_of_turn_that_no_runtime_knows_is_found(judge: Any) -> None:
@@ -108,8 +107,7 @@ def test_a_few_rows_that_are_read_otherwise_are_told_and_many_fail(judge: Any, m
         tokens[tokens.index("e")] = "gone"
 
     documents[7] = Rendered(bad, [True] * len(bad), "f", 7)
-    assert isinstance(judge(documents=documents).problem, str)
-    monkeypatch.setattr("ftcli.evaluate.llamacpp.speaks_alike", lambda model, renderer: True)
+    assert judge(documents=documents).n_misread == 0
     found = judge(lose, documents=documents, told=told)
     assert (found.has_passed, found.n_misread) == (True, 1)
     assert any(isinstance(event, Notice) and "1 of 200 rows are read otherwise" in event.text for event in told)
