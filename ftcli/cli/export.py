@@ -78,7 +78,7 @@ def _check_way(
     asked = {"--gguf": bool(gguf), "--adapter": adapter, "--safetensors": safetensors}
     named = [name for name, is_asked in asked.items() if is_asked]
     if len(named) > 1:
-        raise UsageError("are written one after another", where=" ".join(named), hint="name one of them")
+        raise UsageError(f"{' and '.join(named)} cannot be written at once", hint="name one of them, then the other")
     if not named:
         raise UsageError("there is nothing to export to", hint=f"name {_WAYS}")
     if safetensors and not target:

@@ -44,6 +44,7 @@ def _build_document(source: str, files: Sequence[ExportedFile | ExportedAdapter]
 def list_export(exported: Exported) -> Iterator[str]:
     """Yields the lines, of at most 80 columns but for names and paths."""
     from ftcli.gguf.card import list_types
+    from ftcli.gguf.modelfile import name_model
 
     files = exported.files
     yield f"{exported.source}: {len(files)} GGUF {'file' if len(files) == 1 else 'files'}"
@@ -63,7 +64,7 @@ def list_export(exported: Exported) -> Iterator[str]:
     if good:
         yield from ("", "next:", f"  ftcli chat {good[0]}", f"  llama-cli -m {good[0]} -cnv")
     if exported.modelfile:
-        yield f"  ollama create {exported.name.lower()} -f {shlex.quote(str(exported.modelfile))}"
+        yield f"  ollama create {name_model(exported.name)} -f {shlex.quote(str(exported.modelfile))}"
 
 
 def list_adapter(made: ExportedAdapter) -> Iterator[str]:

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from ftcli.evaluate.target import MANIFEST
+from ftcli.gguf.modelfile import name_model
 from ftcli.gguf.output import LORA
 from ftcli.merge.card import build_front
 from ftcli.recipe import Recipe
 from ftcli.store.file import disk_errors, read_json, write_text
 
 _MEANING = (
-    "KL is how far the next-token distribution of the file, run by llama.cpp, is from that of its source, in nats per",
-    "trained token, and the bound is what its type may lose; top-1 is the share of tokens for which both find the same",
-    "one the most probable.",
+    "KL is how far the next-token distribution of the file as it runs is from that of its source, in nats per trained",
+    "token, and the bound is what its type may lose; top-1 is the share of tokens for which both find the same one the",
+    "most probable.",
 )
 _KEPT_TYPES = 4  # of a file's mixture; the others are named together
 
@@ -46,13 +47,15 @@ def build_card(manifest: Mapping[str, Any], *, first: str, datasets: Sequence[st
     lines += _describe_adapter(adapter, base) if adapter else []
     if not exports:
         return "\n".join(lines)
-    lines += ["## Files", "", "| file | GB | bits per weight | KL (nats) | bound | top-1 | perplexity |"]
+    lines += ["## Files", "", "| file | MB | bits per weight | KL (nats) | bound | top-1 | perplexity |"]
     lines.append("|---|---|---|---|---|---|---|")
     lines += [_describe_file(entry, manifest["files"]) for entry in exports.values()]
-    lines += ["", *_MEANING, "", "Their types, by share of the weights:", ""]
+    is_compared = any((entry["verify"] or {}).get("kl") is not None for entry in exports.values())
+    lines += ["", *(_MEANING if is_compared else ["They are not compared with their source."])]
+    lines += ["", "Their types, by share of the weights:", ""]
     lines += [f"- {kind}: {list_types(entry['types'])}" for kind, entry in exports.items()]
     lines += ["", "## Use", "", "```console", f"$ llama-cli -m {first} -cnv"]
-    lines += [f"$ ollama create {name.lower()} -f Modelfile"] if has_modelfile else []
+    lines += [f"$ ollama create {name_model(name)} -f Modelfile"] if has_modelfile else []
     return "\n".join([*lines, "```", ""])
 
 
@@ -79,7 +82,7 @@ def list_types(types: Mapping[str, float]) -> str:
 
 def _describe_file(entry: Mapping[str, Any], files: Mapping[str, Any]) -> str:
     size_bytes, found = files[entry["file"]]["bytes"], entry["verify"] or {}
-    cells = [f"`{entry['file']}`", f"{size_bytes / 1e9:.3f}", f"{entry['bits_per_weight']:.2f}"]
+    cells = [f"`{entry['file']}`", f"{size_bytes / 1e6:,.1f}", f"{entry['bits_per_weight']:.2f}"]
     if found.get("kl") is None:
         problem = found.get("problem")
         return f"| {' | '.join([*cells, f'**{problem}**' if problem else 'not compared', '', '', ''])} |"

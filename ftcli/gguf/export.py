@@ -149,7 +149,25 @@ def export(
 def _find_source(reference: str | None, base: str | None) -> Target:
     """The run, adapter or model that is exported."""
     target = find_target(reference, base=base)
+    if path := _find_gguf(target):
+        _draft_gguf(path)  # which says first what is wrong with it
     return build_source(target) if target.adapter else target
+
+
+def _find_gguf(target: Target) -> Path | None:
+    """The GGUF file that is exported; None where it is something else."""
+    return target.files.gguf_path if target.adapter is None else None
+
+
+def _draft_gguf(path: Path) -> Draft:
+    """The file that is made of another; what was rounded already is refused, with the name of what to take instead."""
+    try:
+        return draft_gguf(path)
+    except ContentError as error:
+        made = read_json(path.parent / MANIFEST) or {}
+        if made.get("command") == "export" and path.name in made.get("files", {}):
+            error.hint = f"export {made.get('source')}, from which it was made"
+        raise
 
 
 class _Exporting:
@@ -169,9 +187,9 @@ class _Exporting:
         self.renderer = self._find_renderer()
 
     def carry_out(self, kinds: Sequence[str], data: str | None, verifies: bool) -> Exported:
+        draft = self._open_draft()
         instead = "only structure and vocabulary are checked"
         documents = load_best_rows(self.target, data, self.on_event, instead=instead) if verifies else []
-        draft = self._open_draft()
         self._check_disk(draft, kinds, documents)
         for text in draft.notices:
             self.on_event(Notice(text))
@@ -190,22 +208,15 @@ class _Exporting:
 
     def _open_draft(self) -> Draft:
         """The model under its own name, from which the files' metadata follow."""
-        if path := self._find_gguf():
-            return self._draft_gguf(path)
+        if path := _find_gguf(self.target):
+            return _draft_gguf(path)
         target = self.target
         training = Training(target.added_tokens, target.template_kwargs) if target.is_trained else None
-        return draft_model(self._open_source(), training=training)
-
-    def _find_gguf(self) -> Path | None:
-        return self.target.files.gguf_path if self.target.adapter is None else None
-
-    def _draft_gguf(self, path: Path) -> Draft:
         try:
-            return draft_gguf(path)
-        except ContentError as error:
-            made = read_json(path.parent / MANIFEST) or {}
-            if made.get("command") == "export" and path.name in made.get("files", {}):
-                error.hint = f"export {made.get('source')}, from which it was made"
+            return draft_model(self._open_source(), training=training)
+        except FtcliError as error:
+            if str(self.scratch) in error.where:  # under which name the model is only for a while
+                error.where = self.target.name
             raise
 
     def _open_source(self) -> OpenSource:
@@ -229,7 +240,7 @@ class _Exporting:
 
     def _expect(self, draft: Draft, kinds: Sequence[str], documents: Sequence[Rendered]) -> Expected:
         """What the files are held against; the source is run if there are rows and it fits in memory."""
-        is_gguf = self._find_gguf() is not None
+        is_gguf = _find_gguf(self.target) is not None
         expected = Expected(
             tokenizer=None if is_gguf else self.target.tokenizer,
             renderer=self.renderer,

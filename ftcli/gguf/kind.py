@@ -83,6 +83,10 @@ def suggest_larger(kind: str) -> str:
 
 def _find_kind(name: str) -> str:
     kind = name.strip().lower()
+    if "," in kind or not kind:
+        several = " ".join(f"--gguf {part.strip()}" for part in kind.split(",") if part.strip())
+        hint = f"repeat the option: {several}" if several else "name one: --gguf q4_k_m"
+        raise UsageError("is not one type", where=f"--gguf {name!r}", hint=hint)
     if kind in KINDS:
         return kind
     if instead := next((value for start, value in _INSTEAD.items() if kind.startswith(start)), ""):

@@ -27,6 +27,7 @@ _FAMILIES = (
     ("[INST]", "mistral"),
     ("<|end|>\n<|assistant|>\n", "phi3"),
 )
+_MOST_NAME = 60
 _FINAL = "{{ $final := eq (len (slice $.Messages $i)) 1 }}"
 _FIND_LAST = (
     '{{ $last := 0 }}{{ range $i, $m := .Messages }}{{ if eq $m.Role "user" }}{{ $last = $i }}{{ end }}{{ end }}'
@@ -41,6 +42,11 @@ class Modelfile:
     text: str
     family: str
     problem: str
+
+
+def name_model(name: str) -> str:
+    """What Ollama may call a model of this name: short, and of small letters, digits, dots, lines and dashes."""
+    return re.sub(r"[^a-z0-9_.-]+", "-", name.lower())[:_MOST_NAME].strip("-._") or "model"
 
 
 def build_modelfile(

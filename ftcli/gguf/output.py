@@ -16,7 +16,7 @@ from ftcli.evaluate.target import MANIFEST, Target
 from ftcli.gguf.draft import KINDS
 from ftcli.merge.output import check_outside, read_output
 from ftcli.store.file import disk_errors, hash_file, read_json, sync_folder, write_json
-from ftcli.store.run import MANIFEST_SCHEMA, now_text
+from ftcli.store.run import MANIFEST_SCHEMA, find_owner, now_text
 from ftcli.store.target import path_exists
 from ftcli.train.record import list_versions
 
@@ -41,19 +41,26 @@ class Output:
         Raises:
             UsageError: one is there, what is read lies here, or the folder is of something else.
         """
-        where = str(self.folder)
-        check_outside(self.folder, target, "exported")
+        where, is_beside = str(self.folder), self._holds(target.files.gguf_path)
+        if not is_beside:
+            check_outside(self.folder, target, "exported")
         if (path_exists(self.folder, where) or self.folder.is_symlink()) and not self.folder.is_dir():
             raise UsageError("is no folder", where=where, hint="choose another --output")
         manifest = read_json(self.folder / MANIFEST) or {}
         if manifest and (manifest.get("command"), manifest.get("name")) != ("export", self.name):
             what = "holds something else: its manifest.json is not of this export"
             raise UsageError(what, where=where, hint="choose another --output")
+        origin = manifest.get("origin")
+        if origin and origin != find_origin(target) and not (is_beside or find_owner(target.run, self.folder)):
+            what = f"holds files of another model of this name: {origin}"
+            raise UsageError(what, where=where, hint="choose another --output")
         for path in (self.folder / self.name_file(kind) for kind in kinds):
             if not (path.exists() or path.is_symlink()):
                 continue
             if path.is_dir():
                 raise UsageError("is a folder", where=str(path), hint="choose another --output")
+            if target.files.gguf_path and path.samefile(target.files.gguf_path):
+                raise UsageError("is what is exported", where=str(path), hint="choose another --output")
             if not overwrite:
                 raise UsageError(
                     "exists already", where=str(path), hint="replace it: --overwrite; or choose another --output"
@@ -61,7 +68,7 @@ class Output:
 
     def publish(self, path: Path, target: Target, kind: str, entry: Mapping[str, Any]) -> Path:
         """Where the finished file ``path`` lies now; the manifest tells of it, by ``entry``, and of those before."""
-        final = self.folder / self.name_file(kind)
+        final, is_beside = self.folder / self.name_file(kind), self._holds(target.files.gguf_path)
         with disk_errors(final):
             described = {"sha256": hash_file(path), "bytes": path.stat().st_size}
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -75,18 +82,30 @@ class Output:
                 "finished_at": now_text(),
                 "versions": list_versions(),
                 "name": self.name,
-                "source": target.name,
-                "base": target.manifest.get("base"),
+                "source": manifest.get("source", target.name) if is_beside else target.name,
+                "origin": manifest.get("origin") if is_beside else find_origin(target),
+                "base": manifest.get("base") if is_beside else target.manifest.get("base"),
                 "files": {name: files[name] for name in sorted(files) if (self.folder / name).is_file()},
                 "exports": self._list_exports({**manifest.get("exports", {}), kind: {"file": final.name, **entry}}),
             }
             write_json(self.folder / MANIFEST, document)
         return final
 
+    def _holds(self, path: Path | None) -> bool:
+        """Whether ``path`` is a file of this folder: smaller ones that are made of it may stand beside it."""
+        return path is not None and path.parent.resolve() == self.folder.resolve()
+
     def _list_exports(self, exports: Mapping[str, Any]) -> dict[str, Any]:
         """Kind → what is known of its file, for those that are still there; the smallest model last."""
         there = {kind: exports[kind] for kind in (*KINDS, LORA) if kind in exports}
         return {kind: entry for kind, entry in there.items() if (self.folder / entry["file"]).is_file()}
+
+
+def find_origin(target: Target) -> str:
+    """Where the model lies, which tells it from another of its name."""
+    if target.files.revision and not target.adapter:
+        return f"{target.files.reference} at {target.files.revision}"
+    return str((target.adapter or target.files.gguf_path or target.files.folder).resolve())
 
 
 def find_output(target: Target, folder: Path | None) -> Output:

@@ -119,7 +119,10 @@ def _list_tasks(tensors: Sequence[OutputTensor]) -> Iterator[Callable[[], torch.
 def _build_head(keys: Mapping[str, Value], tensors: Sequence[OutputTensor]) -> bytes:
     parts = [struct.pack("<4sIQQ", b"GGUF", _VERSION, len(tensors), len(keys))]
     for key, value in keys.items():
-        parts += [_pack_text(key), *_pack_value(value)]
+        try:
+            parts += [_pack_text(key), *_pack_value(value)]
+        except (struct.error, OverflowError) as error:
+            raise ContentError(f"{key} cannot be {str(value)[:40]} in a GGUF file", why=str(error)) from error
     offset = 0
     for tensor in tensors:
         shape = tensor.shape[::-1]  # innermost first

@@ -140,8 +140,11 @@ def test_folders_lone_adapters_and_whole_runs_are_exported(
     full = str(train(recipe).path)
     for target, name in ((str(adapter), "adapter-gguf/adapter"), (full, "full/gguf/full"), ("llama", "")):
         if not name:
-            shutil.copytree(tiny_model, tmp_path / "llama")
-            target, name = "llama", "llama-gguf/llama"
+            shutil.copytree(tiny_model, tmp_path / "copy" / "llama")
+            with pytest.raises(UsageError, match="another model of this name"):
+                export("copy/llama", kinds=["f16"])
+            shutil.copytree(tiny_model, tmp_path / "other")
+            target, name = "other", "other-gguf/other"
         (file,) = export(target, kinds=["f16"], data=rows, on_event=told.append).files
         assert file.path.resolve() == (tmp_path / f"{name}-F16.gguf").resolve()
         assert file.verification is not None
@@ -211,6 +214,33 @@ def test_quantised_types_are_measured_by_what_they_may_lose(run: RunFolder) -> N
     assert 32 > files[0]["bits_per_weight"] > files[1]["bits_per_weight"]
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "--safetensors"),
+        (("run", "--adapter", "--gguf", "f16"), "cannot be written at once"),
+        (("--safetensors",), "needs a model"),
+        (("run", "--safetensors", "--data", "x"), "leave out --data"),
+        (("run", "--gguf", "f16,q8_0"), "--gguf f16 --gguf q8_0"),
+        (("run", "--gguf", ""), "is not one type"),
+    ],
+)
+def test_what_is_not_plain_to_write_is_refused(words: tuple[str, ...], told: str) -> None:
+    result = invoke(*words)
+    assert (result.exit_code, told in result.stderr) == (2, True), result.stderr
+
+
+def test_a_number_that_gguf_cannot_hold_is_named(run: RunFolder, tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "huge"))
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 1 << 33}
+    (folder / "config.json").write_text(json.dumps(config))
+    result = invoke("huge", "--gguf", "f16")
+    assert (result.exit_code, "llama.context_length cannot be 8589934592" in result.stderr) == (3, True)
+    (folder / "tokenizer.json").unlink()
+    result = invoke("huge", "--gguf", "f16")
+    assert (result.exit_code, "tmp" in result.stderr.split("hint")[0].replace(str(tmp_path), "")) == (3, False)
+
+
 def test_the_hint_of_a_failure_names_what_would_do() -> None:
     failed = Verification(problem="cut off")
     bad = Comparison(1, 0.5, 0.5, 0.5, DocumentLosses((1.0,), (1,)), DocumentLosses((2.0,), (1,)))
@@ -240,6 +270,12 @@ def test_a_gguf_file_in_16_bits_is_exported_and_a_rounded_one_is_not(run: RunFol
     assert result.exit_code == 3
     assert "rounded already" in result.stderr
     assert "export run, from which it was made" in result.stderr
+    beside = invoke(str(original.path), "--gguf", "q6_k", "-o", str(original.path.parent), "--no-verify")
+    assert beside.exit_code == 0, beside.output
+    manifest = json.loads((original.path.parent / "manifest.json").read_text())
+    assert (manifest["source"], set(manifest["exports"])) == ("run", {"f32", "q8_0", "q6_k"})
+    again = invoke(str(original.path), "--gguf", "f32", "-o", str(original.path.parent), "--overwrite")
+    assert "is what is exported" in again.stderr
 
 
 def test_too_little_disk_is_told_before_anything_is_written(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,6 +332,7 @@ def test_a_file_that_lost_the_fine_tune_fails(
     text = invoke(*words, "--overwrite").stdout
     assert "failed" in text
     assert "next:" not in text
+    assert not (tmp_path / "out/Modelfile").exists()  # that of the sound file before
 
 
 def test_a_file_that_is_not_as_planned_fails(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

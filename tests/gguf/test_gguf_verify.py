@@ -11,7 +11,8 @@ import pytest
 from conftest import build_model, build_tokenizer, save_model
 
 from ftcli.data.chat import ChatRenderer, Rendered
-from ftcli.errors import ContentError, UsageError
+from ftcli.data.template import ChatTemplate
+from ftcli.errors import ContentError, MemoryExhausted, UsageError
 from ftcli.events import Event, Notice
 from ftcli.gguf.convert import convert
 from ftcli.gguf.draft import Draft, draft_model
@@ -130,6 +131,36 @@ def test_a_chat_that_was_trained_without_bos_gets_none(tmp_path: Path) -> None:
 
     assert adds(draft_model(source)) is True  # as llama.cpp's converter writes it
     assert adds(draft_model(source, training=Training())) is False
+
+
+def test_the_template_in_the_file_knows_what_it_was_told_in_training(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "\n{{ mark }}{{ marks[0] is none }}" + tokenizer.chat_template
+    told = {"mark": '😀 "{{ x }}" \\', "marks": [None, {"a": 1.5}], "is_on": False}
+    folder = save_model(tmp_path / "model", build_model(vocab_size=len(tokenizer)), tokenizer)
+    draft = draft_model(open_folder(folder), training=Training(template_kwargs=told))
+    turns = [{"role": "user", "content": "a"}]
+    expected = ChatRenderer(tokenizer, told).template.render(turns, None, prompt=True)
+    assert expected.startswith('\n😀 "{{ x }}" \\True')
+    assert ChatTemplate(str(draft.keys["tokenizer.chat_template"])).render(turns, None, prompt=True) == expected
+    path = convert(draft, tmp_path / "a.gguf", kind="f16").path
+    options: dict[str, Any] = {"tokenizer": tokenizer, "is_trained": True}
+    for variables, problem in ((told, ""), ({**told, "mark": "b"}, "otherwise than in training")):
+        expectation = Expected(renderer=ChatRenderer(tokenizer, variables), **options)
+        assert problem in verify_file(path, "f16", draft.plan("f16"), expectation, lambda event: None).problem
+
+
+@pytest.mark.parametrize("error", [MemoryError(), MemoryExhausted("no room")])
+def test_memory_that_runs_out_in_a_comparison_is_told(judge: Any, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    def fail(*words: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("ftcli.gguf.verify.compare", fail)
+    monkeypatch.setattr("ftcli.gguf.verify.open_subject", fail)
+    told: list[Event] = []
+    found = judge(recording=object(), told=told)
+    assert (found.has_passed, found.verdict, found.n_texts) == (True, None, 3)
+    assert any(isinstance(event, Notice) and "is not compared" in event.text for event in told)
 
 
 def test_what_is_no_vocabulary_is_refused(tmp_path: Path, tiny_model: Path) -> None:
