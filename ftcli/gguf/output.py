@@ -21,6 +21,7 @@ from ftcli.store.target import path_exists
 from ftcli.train.record import list_versions
 
 LORA = "lora"  # the kind of a file that holds an adapter and no model
+_TEXTS = ("README.md", "Modelfile")  # which are written anew with each export
 _MOST_NAME_BYTES = 160  # of the 255 that a file's name has; the names beside it are longer
 
 
@@ -50,6 +51,9 @@ class Output:
         if manifest and (manifest.get("command"), manifest.get("name")) != ("export", self.name):
             what = "holds something else: its manifest.json is not of this export"
             raise UsageError(what, where=where, hint="choose another --output")
+        foreign = [name for name in _TEXTS if not manifest and path_exists(self.folder / name, where)]
+        if foreign:
+            raise UsageError(f"holds a {foreign[0]} of something else", where=where, hint="choose another --output")
         origin = manifest.get("origin")
         if origin and origin != find_origin(target) and not (is_beside or find_owner(target.run, self.folder)):
             what = f"holds files of another model of this name: {origin}"

@@ -171,6 +171,11 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(run: RunFolder) -> None
     (other / "manifest.json").write_text(json.dumps({"command": "merge"}))
     with pytest.raises(UsageError, match="holds something else"):
         export("run", kinds=["f16"], output=other, overwrite=True)
+    (other / "manifest.json").unlink()
+    (other / "README.md").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds a README\.md of something else"):
+        export("run", kinds=["f16"], output=other, overwrite=True)
+    assert list_names(other) == ["README.md"]
 
 
 @pytest.mark.parametrize(
