@@ -154,6 +154,11 @@ def explain_stop(error: KeyboardInterrupt) -> Interrupted:
     return Interrupted(f"stopped by {signal.Signals(number).name}", signal_number=number)
 
 
+def explain(error: BaseException) -> str:
+    """What went wrong and why, in a line."""
+    return f"{error.what}: {error.why}" if isinstance(error, FtcliError) and error.why else str(error)
+
+
 def is_lack_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, told in ftcli's words or in a library's."""
     return isinstance(error, MemoryExhausted) or is_memory_error(error)

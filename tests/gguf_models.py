@@ -12,6 +12,10 @@ from typing import Any
 from conftest import find_tokenizer
 
 from ftcli.data.byte_level import list_byte_characters
+from ftcli.events import Notice, OnEvent, ignore_event
+from ftcli.gguf.convert import Converted, convert
+from ftcli.gguf.draft import draft_model
+from ftcli.gguf.source import Source, open_folder
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3 = {
@@ -150,6 +154,16 @@ ADAPTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         _LINEAR,
     ),
 }
+
+
+def convert_model(
+    model: Path | Source, output: Path, *, kind: str, name: str | None = None, on_event: OnEvent = ignore_event
+) -> Converted:
+    """The file of a model (a folder, or where its weights are made) that lies at ``output``, notices told."""
+    draft = draft_model(open_folder(model) if isinstance(model, Path) else model, name=name)
+    for text in draft.notices:
+        on_event(Notice(text))
+    return convert(draft, output, kind=kind, on_event=on_event)
 
 
 def write_model(folder: Path, case: str, *, dtype: str = "BF16", has_pieces: bool = True, **changes: Any) -> Path:

@@ -171,6 +171,13 @@ class ChatTemplate:
         own = {**self.special_tokens, **self.variables, "strftime_now": self.date.strftime}
         return compiled, {**compiled.globals, **own}
 
+    def render_question(self) -> str | None:
+        """The prompt of the shortest chat; None where the template cannot write it."""
+        try:
+            return self.render([{"role": "user", "content": "a"}], prompt=True)
+        except ContentError:
+            return None
+
     def render_sample(self) -> str:
         """A small chat, with a system text where the template takes one; in brackets why it takes none at all."""
         turns = [{"role": "user", "content": "Question?"}, {"role": "assistant", "content": "Answer."}]

@@ -81,6 +81,18 @@ def load_known_rows(
     return sets
 
 
+def load_best_rows(
+    target: Target, data: str | None, most_tokens: int, on_event: OnEvent, *, instead: str
+) -> list[Rendered]:
+    """Of `load_known_rows` the one set that says most: of ``data``, else held out, else trained on; empty without any.
+
+    Raises:
+        FtcliError: ``data`` cannot be read.
+    """
+    sets = load_known_rows(target, data, most_tokens, on_event, instead=instead)
+    return next((sets[name] for name in ("data", "held_out", "train") if name in sets), [])
+
+
 def load_run_rows(
     recipe: Recipe, renderer: ChatRenderer, *, most_tokens: int, context: int | None
 ) -> dict[str, list[Rendered]]:

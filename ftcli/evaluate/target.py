@@ -18,7 +18,7 @@ from ftcli.data.tokenizer import load_tokenizer
 from ftcli.errors import ContentError, HubError, UsageError
 from ftcli.recipe import ModelSection, QuantizationSection, Recipe, load_recipe
 from ftcli.store.file import read_json
-from ftcli.store.output import MANIFEST as MANIFEST
+from ftcli.store.output import MANIFEST
 from ftcli.store.run import RunFolder, check_files, find_newest_run, read_manifest
 from ftcli.store.target import ModelFiles, find_model, fingerprint_model, path_exists
 

@@ -8,8 +8,7 @@ base ─▶ GGUF (scratch) ───┴─▶ llama.cpp ─▶ KL to the adapter
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ import torch
 
 from ftcli.data.chat import Rendered
 from ftcli.data.tokenizer import load_tokenizer
-from ftcli.errors import ContentError, DiskError, FtcliError, MemoryExhausted, UsageError, is_memory_error
+from ftcli.errors import ContentError, DiskError, FtcliError, MemoryExhausted, UsageError, explain, is_memory_error
 from ftcli.evaluate.compare import compare
 from ftcli.evaluate.llama_library import load_library
 from ftcli.evaluate.llamacpp import LlamaCppBackend, open_llama
 from ftcli.evaluate.loss import count_targets
-from ftcli.evaluate.target import MANIFEST, find_target
+from ftcli.evaluate.sample import load_best_rows
+from ftcli.evaluate.target import find_target
 from ftcli.evaluate.verdict import Verdict
 from ftcli.events import Notice, OnEvent, Saved, Stage, ignore_event
 from ftcli.gguf.card import write_card
@@ -34,17 +34,16 @@ from ftcli.gguf.kind import find_limit
 from ftcli.gguf.lora import LoraDraft, check_expressible, draft_lora, find_lora_problem
 from ftcli.gguf.output import LORA, Output, find_output
 from ftcli.gguf.source import open_merge
-from ftcli.gguf.verify import Verification, explain, load_best_rows, measure_options, record_source, record_verification
+from ftcli.gguf.verify import Verification, record_source
 from ftcli.gguf.write import write_gguf
 from ftcli.merge.card import build_front
 from ftcli.merge.run import Merging
 from ftcli.merge.source import Source, build_source
+from ftcli.merge.verify import MOST_TOKENS, measure_options
 from ftcli.model.stored import is_tied
-from ftcli.store.file import check_free, disk_errors, read_json, scratch_folder, write_text
-from ftcli.store.run import find_owner, locked
+from ftcli.store.file import check_free, disk_errors, read_json, write_text
 from ftcli.train.memory import explain_lack, release_models
 
-_HEAD_BYTES = 32 << 20  # of metadata and vocabulary
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}  # of file that hold every value of such a base
 
 
@@ -52,11 +51,10 @@ _KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}  # of file that hold eve
 class ExportedAdapter:
     """The adapter of ``source`` as a GGUF file for ``base``; ``verification`` is None where none was wanted.
 
-    ``name`` is what its files begin with; ``from_4bit`` says that it was trained on a base in 4 bits.
+    ``from_4bit`` says that it was trained on a base in 4 bits.
     """
 
     source: str
-    name: str
     base: str
     path: Path
     size_bytes: int
@@ -114,19 +112,11 @@ def export_adapter(
             file that failed its verification is there: its ``verification`` says so.
     """
     source = _find_source(target, base)
-    place = find_output(source, output)
-
-    def check() -> None:
-        place.check(source, [LORA], overwrite=overwrite)
-
-    check()
+    place = find_output(source, output, overwrites=overwrite)
+    place.check([LORA])
     on_event(Stage("check", f"{source.name} and {source.files.reference}"))
-    run = find_owner(source.run, place.folder)
-    with locked(run) if run else nullcontext(), scratch_folder(place.folder) as scratch:
-        made = _Exporting(source, place, scratch, on_event).carry_out(data, verifies, check)
-        if run:
-            record_verification(run, made.path, made.verification)
-    return made
+    with place.open_scratch() as scratch:
+        return _AdapterExport(source, place, scratch, on_event).carry_out(data, verifies)
 
 
 def _find_source(reference: str | None, base: str | None) -> Source:
@@ -145,7 +135,7 @@ def _find_source(reference: str | None, base: str | None) -> Source:
     return build_source(target)
 
 
-class _Exporting:
+class _AdapterExport:
     """An export under way; all that is not finished lies in ``scratch``."""
 
     def __init__(self, source: Source, place: Output, scratch: Path, on_event: OnEvent) -> None:
@@ -155,26 +145,24 @@ class _Exporting:
         self.merging = Merging(source, place.folder, dtype, "original", on_event)
         self.draft = self._draft()
 
-    def carry_out(self, data: str | None, verifies: bool, check: Callable[[], None]) -> ExportedAdapter:
+    def carry_out(self, data: str | None, verifies: bool) -> ExportedAdapter:
         instead = "the file is checked, and not run"
-        documents = load_best_rows(self.source, data, self.on_event, instead=instead) if verifies else []
+        documents: Sequence[Rendered] = ()
+        if verifies:
+            documents = load_best_rows(self.source, data, MOST_TOKENS, self.on_event, instead=instead)
         path = self.scratch / self.place.name_file(LORA)
         self.on_event(Stage("gguf", path.name))
         size = write_gguf(path, self.draft.keys, self.draft.tensors)
         self._tell_template()
         found = self._verify(path, documents) if verifies else None
         release_models()
-        check()
         ranks = tuple(sorted({module.lora.b.shape[1] for module in self.draft.modules}))
         entry = {"modules": len(self.draft.modules), "ranks": ranks, "verify": found.to_json() if found else None}
-        final = self.place.publish(path, self.source, LORA, entry)
-        exports = (read_json(self.place.folder / MANIFEST) or {})["exports"]
-        first = next(entry["file"] for entry in exports.values())  # models stand before the adapter
-        write_card(self.place.folder, self.source.recipe, first=first)
+        final = self.place.publish(path, LORA, entry)
+        write_card(self.place.folder, self.source.recipe)
         self.on_event(Saved(str(final)))
         return ExportedAdapter(
             self.source.name,
-            self.place.name,
             self.source.files.reference,
             final,
             size,
@@ -249,7 +237,7 @@ class _Exporting:
         if lack := explain_lack(draft.n_parameters, self.source.dtype):
             raise MemoryExhausted(lack)
         n_values = sum(count_targets(documents)) * draft.n_vocabulary
-        check_free(self.scratch, _HEAD_BYTES + sum(tensor.size_bytes for tensor in draft.plan(kind)) + 2 * n_values)
+        check_free(self.scratch, draft.measure_bytes(kind) + 2 * n_values)
         recording, kl_base = record_source(
             self.source.open, documents, self.scratch / "rows", self.on_event, measures_base=True
         )

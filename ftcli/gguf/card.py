@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ftcli.evaluate.target import MANIFEST
 from ftcli.gguf.modelfile import name_model
 from ftcli.gguf.output import LORA
 from ftcli.merge.card import build_front
 from ftcli.recipe import Recipe
 from ftcli.store.file import disk_errors, read_json, write_text
+from ftcli.store.output import MANIFEST
 
 _MEANING = (
     "KL is how far the next-token distribution of the file as it runs is from that of its source, in nats per trained",
@@ -21,8 +21,8 @@ _MEANING = (
 _KEPT_TYPES = 4  # of a file's mixture; the others are named together
 
 
-def write_card(folder: Path, recipe: Recipe | None, *, first: str) -> None:
-    """Nothing; README.md lies in ``folder``, of an export of which ``first`` is the file to run.
+def write_card(folder: Path, recipe: Recipe | None, *, first: str = "") -> None:
+    """Nothing; README.md lies in ``folder``, of an export of which ``first``, or else any, is the file to run.
 
     Raises:
         DiskError: the disk is full, or may not be written.
@@ -54,7 +54,8 @@ def build_card(manifest: Mapping[str, Any], *, first: str, datasets: Sequence[st
     lines += ["", *(_MEANING if is_compared else ["They are not compared with their source."])]
     lines += ["", "Their types, by share of the weights:", ""]
     lines += [f"- {kind}: {list_types(entry['types'])}" for kind, entry in exports.items()]
-    lines += ["", "## Use", "", "```console", f"$ llama-cli -m {first} -cnv"]
+    shown = first or next(iter(exports.values()))["file"]
+    lines += ["", "## Use", "", "```console", f"$ llama-cli -m {shown} -cnv"]
     lines += [f"$ ollama create {name_model(name)} -f Modelfile"] if has_modelfile else []
     return "\n".join([*lines, "```", ""])
 

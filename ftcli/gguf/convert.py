@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ftcli.errors import UsageError
-from ftcli.events import Notice, OnEvent, Pace, ignore_event
+from ftcli.events import OnEvent, Pace, ignore_event
 from ftcli.gguf.ahead import count_threads
-from ftcli.gguf.draft import KINDS, Draft, draft_model
+from ftcli.gguf.draft import KINDS, Draft
 from ftcli.gguf.native import find_packer
-from ftcli.gguf.source import Source, open_folder
 from ftcli.gguf.write import write_gguf
 
 
@@ -27,10 +26,7 @@ class Converted:
     Args:
         path: where it lies.
         size_bytes: of the whole file.
-        architecture: llama.cpp's name of the family.
-        n_tensors: in it.
         n_parameters: the model's.
-        left_out: tokens for which the model has no row.
         types: GGUF's type → how many parameters have it.
         bits_per_weight: of the tensors' data.
         fallback: the share of the parameters that lie in rows which the type of their kind does not fit: they have
@@ -39,46 +35,29 @@ class Converted:
 
     path: Path
     size_bytes: int
-    architecture: str
-    n_tensors: int
     n_parameters: int
-    left_out: tuple[str, ...]
     types: Mapping[str, int]
     bits_per_weight: float
     fallback: float
 
 
-def convert(
-    model: Path | Source | Draft,
-    output: Path,
-    *,
-    kind: str,
-    name: str | None = None,
-    on_event: OnEvent = ignore_event,
-) -> Converted:
+def convert(draft: Draft, output: Path, *, kind: str, on_event: OnEvent = ignore_event) -> Converted:
     """The GGUF file that now lies at ``output``.
 
     Args:
-        model: a draft; or a transformers folder, or a source that makes its weights as they are asked for.
-        output: the file's name in the end; what was there is replaced once the new one is complete.
-        kind: one of `KINDS`.
-        name: what the model calls itself, where it is no draft; None guesses it as llama.cpp does.
-        on_event: told of the bytes written; and of what the file does not hold, where the model is no draft.
+        draft: the file, but for its kind.
+        output: its name in the end; what was there is replaced once the new one is complete.
+        kind: one of `ftcli.gguf.draft.KINDS`.
+        on_event: told of the bytes written.
 
     Raises:
         UsageError: there is no such kind.
-        ContentError: an unknown family or tokenizer, a damaged model, NaN or infinity in it.
+        ContentError: NaN or infinity in the model.
         NumericError: a weight is too large for its type.
         DiskError: the disk is full or may not be written.
     """
     if kind not in KINDS:
         raise UsageError(f"there is no kind of GGUF file called {kind}", hint=f"it is one of {', '.join(KINDS)}")
-    if isinstance(model, Draft):
-        draft = model
-    else:
-        draft = draft_model(open_folder(model) if isinstance(model, Path) else model, name=name)
-        for text in draft.notices:
-            on_event(Notice(text))
     tensors = draft.plan(kind)
     for dtype in sorted({tensor.dtype for tensor in tensors}):
         find_packer(dtype)  # before threads ask for it, so that llama.cpp is loaded once
@@ -97,10 +76,7 @@ def convert(
     return Converted(
         output,
         size,
-        draft.architecture,
-        len(tensors),
         draft.n_parameters,
-        draft.left_out,
         types=types,
         bits_per_weight=8 * data_bytes / draft.n_parameters,
         fallback=draft.measure_fallback(kind),

@@ -33,6 +33,7 @@ KINDS = {
 }  # fmt: skip
 _PLAIN_KINDS = ("f32", "f16", "bf16")
 _BLOCK_VALUES = 1 << 22
+_HEAD_BYTES = 32 << 20  # of metadata and vocabulary
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,6 @@ class Draft:
         tensors: in the order of the source.
         ratios: what the types depend on.
         is_requantized: whether llama-quantize makes every kind of it, and so puts all in its own order.
-        left_out: tokens for which the model has no row.
         notices: what the file will not hold of the model.
     """
 
@@ -67,7 +67,6 @@ class Draft:
     tensors: tuple[DraftTensor, ...]
     ratios: Ratios
     is_requantized: bool = False
-    left_out: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
 
     @property
@@ -89,6 +88,10 @@ class Draft:
         if self._is_sorted(kind):
             planned.sort(key=lambda tensor: find_position(tensor.name))
         return planned
+
+    def measure_bytes(self, kind: str) -> int:
+        """The bytes of the file of this kind at most."""
+        return _HEAD_BYTES + sum(tensor.size_bytes for tensor in self.plan(kind))
 
     def list_keys(self, kind: str) -> Keys:
         """The metadata of the file of this kind."""
@@ -131,7 +134,7 @@ def draft_model(source: Source, *, name: str | None = None, training: Training |
     keys["general.name"] = fit_name(str(keys["general.name"]), source.tokenizer, family)
     ratios = read_ratios(config, is_tied=all(tensor.name != "lm_head.weight" for tensor in source.tensors))
     notices = tuple(_list_notices(keys, config, family, vocabulary.left_out))
-    return Draft(family.architecture, keys, tensors, ratios, left_out=vocabulary.left_out, notices=notices)
+    return Draft(family.architecture, keys, tensors, ratios, notices=notices)
 
 
 def _list_tensors(source: Source, family: Family, config: Config) -> tuple[DraftTensor, ...]:

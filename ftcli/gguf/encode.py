@@ -35,10 +35,9 @@ def encode_block(block: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
 
 
 def _pack(block: torch.Tensor, dtype: str) -> torch.Tensor:
-    if torch.cuda.is_available():
-        return quantize_rows(block.to("cuda"), dtype)
-    packer = find_packer(dtype)
-    return packer(block) if packer else quantize_rows(block, dtype)
+    if packer := find_packer(dtype):
+        return packer(block)
+    return quantize_rows(block.to("cuda") if torch.cuda.is_available() else block, dtype)
 
 
 def _read_scales(written: torch.Tensor, dtype: str) -> torch.Tensor:

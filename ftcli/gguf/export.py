@@ -9,8 +9,7 @@ A merge is not written in between, and the file is the one that its folder would
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from typing import Any
 from ftcli.data.chat import ChatRenderer, Rendered
 from ftcli.errors import ContentError, FtcliError, is_lack_of_memory
 from ftcli.evaluate.loss import count_targets
-from ftcli.evaluate.sample import find_common_system
+from ftcli.evaluate.sample import find_common_system, load_best_rows
 from ftcli.evaluate.subject import open_target
-from ftcli.evaluate.target import MANIFEST, Target, find_target
+from ftcli.evaluate.target import find_target
 from ftcli.events import Notice, OnEvent, Saved, Stage, ignore_event
 from ftcli.gguf.card import write_card
 from ftcli.gguf.convert import Converted, convert
@@ -30,18 +29,18 @@ from ftcli.gguf.modelfile import build_modelfile
 from ftcli.gguf.original import draft_gguf
 from ftcli.gguf.output import Output, find_output
 from ftcli.gguf.source import OpenSource, open_folder, open_merge
-from ftcli.gguf.verify import Expected, Verification, load_best_rows, record_source, record_verification, verify_file
+from ftcli.gguf.verify import Expected, Verification, record_source, verify_file
 from ftcli.gguf.vocabulary import Training, adds_bos
 from ftcli.merge.card import build_front
 from ftcli.merge.run import Merging
 from ftcli.merge.source import Source, build_source
+from ftcli.merge.verify import MOST_TOKENS
 from ftcli.model.base import choose_device, choose_dtype
-from ftcli.store.file import check_free, disk_errors, read_json, scratch_folder, write_text
+from ftcli.store.file import check_free, disk_errors, read_json, write_text
 from ftcli.store.gguf_header import read_gguf_header
-from ftcli.store.run import RunFolder, find_owner, locked
+from ftcli.store.output import MANIFEST
 from ftcli.train.memory import explain_lack, release_models
 
-_HEAD_BYTES = 32 << 20  # of metadata and vocabulary, in each file
 _LEAST_CONTEXT = 4096  # of a Modelfile, where the model has as much
 _PACKED_RATIO = 3  # by which 4 bits, with what stays in 16, are less
 _MOST_FALLBACK = 0.5  # of the parameters; beyond, a file is not what its kind says
@@ -98,11 +97,6 @@ class Exported:
     files: tuple[ExportedFile, ...]
     modelfile: Path | None = None
 
-    @property
-    def output(self) -> Path:
-        """The folder of the files."""
-        return self.files[0].path.parent
-
 
 def export(
     target: str | None = None,
@@ -133,30 +127,15 @@ def export(
             ``verification`` says so.
     """
     wanted = find_kinds(kinds)
-    found = _find_source(target, base)
-    place = find_output(found, output)
-
-    def check(kinds: Sequence[str]) -> None:
-        place.check(found, kinds, overwrite=overwrite)
-
-    check(wanted)
+    found = find_target(target, base=base)
+    path = found.files.gguf_path if found.adapter is None else None
+    original = _draft_gguf(path) if path else None  # which says first what is wrong with it
+    found = build_source(found) if found.adapter else found
+    place = find_output(found, output, overwrites=overwrite)
+    place.check(wanted)
     on_event(Stage("check", f"{found.name} and {found.files.reference}" if found.adapter else found.name))
-    run = find_owner(found.run, place.folder)
-    with locked(run) if run else nullcontext(), scratch_folder(place.folder) as scratch:
-        return _Exporting(found, place, scratch, run, check, on_event).carry_out(wanted, data, verifies)
-
-
-def _find_source(reference: str | None, base: str | None) -> Target:
-    """The run, adapter or model that is exported."""
-    target = find_target(reference, base=base)
-    if path := _find_gguf(target):
-        _draft_gguf(path)  # which says first what is wrong with it
-    return build_source(target) if target.adapter else target
-
-
-def _find_gguf(target: Target) -> Path | None:
-    """The GGUF file that is exported; None where it is something else."""
-    return target.files.gguf_path if target.adapter is None else None
+    with place.open_scratch() as scratch:
+        return _ModelExport(place, original, scratch, on_event).carry_out(wanted, data, verifies)
 
 
 def _draft_gguf(path: Path) -> Draft:
@@ -170,26 +149,20 @@ def _draft_gguf(path: Path) -> Draft:
         raise
 
 
-class _Exporting:
-    """An export under way; all that is not finished lies in ``scratch``."""
+class _ModelExport:
+    """An export under way, of the GGUF file ``original`` if that is one; what is not finished lies in ``scratch``."""
 
-    def __init__(
-        self,
-        target: Target,
-        place: Output,
-        scratch: Path,
-        run: RunFolder | None,
-        check: Callable[[Sequence[str]], None],
-        on_event: OnEvent,
-    ) -> None:
-        self.target, self.place, self.scratch, self.run = target, place, scratch, run
-        self.check, self.on_event = check, on_event
+    def __init__(self, place: Output, original: Draft | None, scratch: Path, on_event: OnEvent) -> None:
+        self.target, self.place, self.original, self.scratch = place.target, place, original, scratch
+        self.on_event = on_event
         self.renderer = self._find_renderer()
 
     def carry_out(self, kinds: Sequence[str], data: str | None, verifies: bool) -> Exported:
-        draft = self._open_draft()
+        draft = self.original or self._draft_model()
         instead = "only structure and vocabulary are checked"
-        documents = load_best_rows(self.target, data, self.on_event, instead=instead) if verifies else []
+        documents: Sequence[Rendered] = ()
+        if verifies:
+            documents = load_best_rows(self.target, data, MOST_TOKENS, self.on_event, instead=instead)
         self._check_disk(draft, kinds, documents)
         for text in draft.notices:
             self.on_event(Notice(text))
@@ -206,10 +179,8 @@ class _Exporting:
         finished = tuple(self._finish(kind, files[kind], draft, expected) for kind in kinds)
         return Exported(self.target.name, self.place.name, finished, self._write_texts(finished))
 
-    def _open_draft(self) -> Draft:
+    def _draft_model(self) -> Draft:
         """The model under its own name, from which the files' metadata follow."""
-        if path := _find_gguf(self.target):
-            return _draft_gguf(path)
         target = self.target
         training = Training(target.added_tokens, target.template_kwargs) if target.is_trained else None
         try:
@@ -234,15 +205,14 @@ class _Exporting:
         return open_merge(folder, merging.plan, merging.weights)
 
     def _check_disk(self, draft: Draft, kinds: Sequence[str], documents: Sequence[Rendered]) -> None:
-        needed = sum(_HEAD_BYTES + sum(t.size_bytes for t in draft.plan(kind)) for kind in kinds)
+        needed = sum(map(draft.measure_bytes, kinds))
         needed += 2 * sum(count_targets(documents)) * draft.n_vocabulary
         check_free(self.place.folder, needed)
 
     def _expect(self, draft: Draft, kinds: Sequence[str], documents: Sequence[Rendered]) -> Expected:
         """What the files are held against; the source is run if there are rows and it fits in memory."""
-        is_gguf = _find_gguf(self.target) is not None
         expected = Expected(
-            tokenizer=None if is_gguf else self.target.tokenizer,
+            tokenizer=None if self.original else self.target.tokenizer,
             renderer=self.renderer,
             is_trained=self.target.is_trained,
             documents=documents,
@@ -252,7 +222,7 @@ class _Exporting:
             return expected
         dtype = choose_dtype(self.target.section.dtype, choose_device())
         n_parameters = draft.n_parameters // (_PACKED_RATIO if expected.is_4bit else 1)
-        if not is_gguf and (lack := explain_lack(n_parameters, dtype)):
+        if not self.original and (lack := explain_lack(n_parameters, dtype)):
             self.on_event(Notice(f"the source is not run, so nothing is compared: {lack}"))
             return expected
         try:
@@ -320,10 +290,7 @@ class _Exporting:
             "types": types,
             "verify": found.to_json() if found else None,
         }
-        self.check([kind])  # nothing came there meanwhile
-        final = self.place.publish(made.path, self.target, kind, entry)
-        if self.run:
-            record_verification(self.run, final, found)
+        final = self.place.publish(made.path, kind, entry)
         self.on_event(Saved(str(final)))
         is_4bit = self.target.quantization is not None
         return ExportedFile(self.target.name, kind, final, made.size_bytes, made.bits_per_weight, found, types, is_4bit)

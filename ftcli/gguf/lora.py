@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ftcli.errors import ContentError
+from ftcli.errors import ContentError, explain
 from ftcli.gguf.family import Config, Family
 from ftcli.gguf.metadata import build_adapter_keys
 from ftcli.gguf.write import OutputTensor, Value
@@ -121,7 +121,7 @@ def find_lora_problem(path: Path, draft: LoraDraft) -> str:
         header = read_gguf_header(path)
         check_gguf_data(header, path.stat().st_size, path.name)
     except ContentError as error:
-        return f"{error.what}: {error.why}" if error.why else error.what
+        return explain(error)
     found = [(tensor.name, tensor.shape, tensor.dtype) for tensor in header.tensors]
     wanted = [(tensor.name, tensor.shape, tensor.dtype) for tensor in draft.tensors]
     if wrong := next((want[0] for have, want in zip(found, wanted, strict=False) if have != want), ""):

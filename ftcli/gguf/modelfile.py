@@ -18,15 +18,6 @@ from ftcli.data.chat import ChatRenderer
 from ftcli.errors import ContentError
 from ftcli.gguf.shape import Shape, measure_shape
 
-# what only a template of the family writes → its name; the first that is found counts
-_FAMILIES = (
-    ("<|start_header_id|>", "llama3"),
-    ("<|im_start|>", "chatml"),
-    ("<start_of_turn>", "gemma"),
-    ("<<SYS>>", "llama2"),
-    ("[INST]", "mistral"),
-    ("<|end|>\n<|assistant|>\n", "phi3"),
-)
 _MOST_NAME = 60
 _FINAL = "{{ $final := eq (len (slice $.Messages $i)) 1 }}"
 _FIND_LAST = (
@@ -37,10 +28,9 @@ _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
 
 @dataclass(frozen=True)
 class Modelfile:
-    """The ``text`` of a Modelfile, the ``family`` of its template, and in ``problem`` what Ollama will not do right."""
+    """The ``text`` of a Modelfile, and in ``problem`` what Ollama will not do right."""
 
     text: str
-    family: str
     problem: str
 
 
@@ -57,7 +47,6 @@ def build_modelfile(
     adds_bos: bool,
     system: str = "",
     others: Sequence[str] = (),
-    stops: Sequence[str] = (),
 ) -> Modelfile:
     """The Modelfile of the GGUF file ``file_name`` beside it.
 
@@ -68,16 +57,14 @@ def build_modelfile(
         adds_bos: whether the GGUF file tells its runtime to begin with BOS, so that the template must not.
         system: a system text for conversations that have none.
         others: further files of the same model, which are named in a comment.
-        stops: texts that end an answer besides the ends of a turn.
     """
     lines = ["# Written by ftcli export; ollama create NAME -f Modelfile", f"FROM ./{file_name}"]
     lines += [f"# FROM ./{other}" for other in others]
     problems: list[str] = []
     renderer = renderer if renderer and renderer.template.source else None
-    template, takes_system, family = "{{ .Prompt }}", False, "base"
+    template, takes_system, stops = "{{ .Prompt }}", False, tuple[str, ...]()
     if renderer:
-        template, takes_system, family = "", True, name_family(renderer)
-        stops = [*_find_stops(renderer, problems), *stops]
+        template, takes_system, stops = "", True, _find_stops(renderer, problems)
         try:
             shape = measure_shape(renderer.template, renderer.encoder.added, adds_bos=adds_bos)
             template, takes_system = write_template(shape, adds_bos=adds_bos), bool(shape.system)
@@ -92,9 +79,9 @@ def build_modelfile(
         problems.append("the chat template takes no system text, so the Modelfile has no SYSTEM")
     elif system:
         lines += _list_system(system, problems)
-    lines += [f"PARAMETER stop {_quote_stop(stop)}" for stop in dict.fromkeys(stops)]
+    lines += [f"PARAMETER stop {_quote_stop(stop)}" for stop in stops]
     lines.append(f"PARAMETER num_ctx {n_context}")
-    return Modelfile("\n".join(lines) + "\n", family, "; ".join(_join(problem) for problem in problems))
+    return Modelfile("\n".join(lines) + "\n", "; ".join(_join(problem) for problem in problems))
 
 
 def _find_stops(renderer: ChatRenderer, problems: list[str]) -> tuple[str, ...]:
@@ -114,13 +101,6 @@ def _list_system(system: str, problems: list[str]) -> list[str]:
         names = ", ".join(f"U+{ord(c):04X}" for c in lost)
         problems.append(f"Ollama drops from SYSTEM the characters that do not print: {names}")
     return [f'SYSTEM """{system}"""']
-
-
-def name_family(renderer: ChatRenderer) -> str:
-    """What people call the family of a chat template; ``own`` where it is none of the common ones."""
-    sample = renderer.template.render_sample()
-    family = next((name for marker, name in _FAMILIES if marker in sample), "own")
-    return "qwen3" if family == "chatml" and "<think>\n\n</think>\n\n" in sample else family
 
 
 def write_template(shape: Shape, *, adds_bos: bool) -> str:

@@ -27,9 +27,9 @@ Pack = Callable[[torch.Tensor], torch.Tensor]
 def find_packer(kind: str) -> Pack | None:
     """A function (rows, n) → bytes (rows, size) as `quantize_rows` makes them of the type ``kind``.
 
-    None where llama.cpp is not installed, packs otherwise than ftcli, or is not called for this type.
+    None where a GPU packs, llama.cpp is not installed, packs otherwise than ftcli, or is not called for this type.
     """
-    if kind not in _K_TYPES:
+    if kind not in _K_TYPES or torch.cuda.is_available():
         return None
     try:
         function = load_library().functions.ggml_quantize_chunk

@@ -74,10 +74,6 @@ class VocabularyReader:
             is_first = isinstance(part, int)
         return ids
 
-    def spell(self, token: int) -> str:
-        """What the id ``token`` is called in the file."""
-        return self.tokens[token]
-
     def _part(self, text: str, *, is_chat: bool) -> Iterator[str | int]:
         """Yields the ids of tokens that are matched whole, and the text between them."""
         pattern, at, takes = self._marked if is_chat else self._typed, 0, False

@@ -12,24 +12,21 @@ from typing import Any
 
 from ftcli.data.chat import ChatRenderer, Rendered
 from ftcli.data.template import ChatTemplate
-from ftcli.errors import ContentError, FtcliError, UsageError, is_lack_of_memory
+from ftcli.errors import ContentError, FtcliError, UsageError, explain, is_lack_of_memory
 from ftcli.evaluate.compare import Recording, compare, record
 from ftcli.evaluate.llama_library import load_library
 from ftcli.evaluate.llamacpp import LlamaCppBackend, open_llama
 from ftcli.evaluate.parity import TextReader, find_misread, list_probes, spell_documents
-from ftcli.evaluate.sample import load_known_rows
 from ftcli.evaluate.subject import Backend, Subject, open_subject
-from ftcli.evaluate.target import Target
 from ftcli.evaluate.verdict import Verdict
-from ftcli.events import Notice, OnEvent, Progress, Stage
+from ftcli.events import Notice, OnEvent, Stage
 from ftcli.gguf.kind import find_limit
 from ftcli.gguf.reader import VocabularyReader
 from ftcli.gguf.vocabulary import KNOWN_ENDS
 from ftcli.gguf.write import OutputTensor
-from ftcli.merge.verify import BATCH_TOKENS, MOST_TOKENS
+from ftcli.merge.verify import measure_options
 from ftcli.store.file import make_folder
 from ftcli.store.gguf_header import GgufHeader, check_gguf_data
-from ftcli.store.run import RunFolder, read_manifest, update_manifest
 from ftcli.store.vocabulary import read_gguf_vocabulary
 
 _MOST_TEXTS = 256
@@ -86,16 +83,6 @@ class Expected:
     recording: Recording | None = None
     kl_base: float | None = None
     is_4bit: bool = False
-
-
-def load_best_rows(target: Target, data: str | None, on_event: OnEvent, *, instead: str) -> list[Rendered]:
-    """The rows to compare on: of ``data``, else those held out, else those trained on; without any that is told.
-
-    Raises:
-        FtcliError: ``data`` cannot be read.
-    """
-    sets = load_known_rows(target, data, MOST_TOKENS, on_event, instead=instead)
-    return next((sets[name] for name in ("data", "held_out", "train") if name in sets), [])
 
 
 def record_source(
@@ -176,11 +163,7 @@ def find_problem(path: Path, tensors: Sequence[OutputTensor], expected: Expected
     wanted = {tensor.name: (tensor.shape, tensor.dtype) for tensor in tensors}
     if wrong := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
         return f"the tensor {wrong[0]} is not as it was to be written"
-    return (
-        _find_wrong_end(header, expected)
-        or _find_wrong_start(header, expected)
-        or _find_wrong_template(header, expected)
-    )
+    return _find_wrong_end(header, expected) or _find_wrong_chat(header, expected)
 
 
 def _find_wrong_end(header: GgufHeader, expected: Expected) -> str:
@@ -193,39 +176,27 @@ def _find_wrong_end(header: GgufHeader, expected: Expected) -> str:
     return f"llama.cpp would not end an answer at {ends[0]}" if ends and not known.intersection(ends) else ""
 
 
-def _find_wrong_start(header: GgufHeader, expected: Expected) -> str:
-    """What is wrong if a chat would begin with another number of BOS than it was trained with; empty for nothing.
+def _find_wrong_chat(header: GgufHeader, expected: Expected) -> str:
+    """What is wrong if a runtime would write a chat otherwise than in training; empty for nothing.
 
-    llama.cpp takes away the BOS that a template writes where it puts one there itself.
+    A chat begins with one BOS at most: llama.cpp takes away that of a template where it puts one there itself.
     """
     if expected.renderer is None or expected.tokenizer is None:
         return ""
-    bos = expected.tokenizer.bos_token
-    try:
-        written = expected.renderer.template.render([{"role": "user", "content": "a"}], None, prompt=True)
-    except ContentError:
+    known, bos = expected.renderer.template, expected.tokenizer.bos_token
+    written = known.render_question()
+    if written is None:
         return ""
     if bos and written.startswith(bos * 2):
         return f"the template writes {bos} twice"
-    adds = header.metadata.get("tokenizer.ggml.add_bos_token")
-    if expected.is_trained and adds and bos and not written.startswith(bos):
+    if not expected.is_trained:
+        return ""
+    if bos and header.metadata.get("tokenizer.ggml.add_bos_token") and not written.startswith(bos):
         return f"llama.cpp would begin a chat with {bos}, and it was trained without"
+    embedded = ChatTemplate(header.metadata.get("tokenizer.chat_template"), known.special_tokens, None, known.date)
+    if (found := embedded.render_question()) is not None and found != written:
+        return "the chat template in the file writes a chat otherwise than in training"
     return ""
-
-
-def _find_wrong_template(header: GgufHeader, expected: Expected) -> str:
-    """What is wrong if the template in the file, by itself, writes a chat otherwise than in training; empty if not."""
-    source = header.metadata.get("tokenizer.chat_template")
-    if not (expected.is_trained and expected.tokenizer and expected.renderer and isinstance(source, str)):
-        return ""
-    known = expected.renderer.template
-    embedded = ChatTemplate(source, known.special_tokens, None, known.date)
-    question = [{"role": "user", "content": "a"}]
-    try:
-        texts = [template.render(question, None, prompt=True) for template in (known, embedded)]
-    except ContentError:
-        return ""
-    return "" if texts[0] == texts[1] else "the chat template in the file writes a chat otherwise than in training"
 
 
 def _open_backend(path: Path, expected: Expected, on_event: OnEvent) -> Backend | None:
@@ -271,13 +242,6 @@ def _read_texts(path: Path, backend: Backend | None, expected: Expected, on_even
     return n_texts, len(misread), ""
 
 
-def record_verification(run: RunFolder, path: Path, found: Verification | None) -> None:
-    """Nothing; the manifest of ``run`` says what came of the file at ``path``, which lies in it."""
-    name = str(path.resolve().relative_to(run.path.resolve()))
-    figures = found.to_json() if found else None
-    update_manifest(run, verify={**(read_manifest(run).get("verify") or {}), name: figures})
-
-
 def _list_ends(renderer: ChatRenderer | None) -> tuple[str, ...]:
     """The tokens that end a turn; none where there is no template, or one without an end."""
     try:
@@ -286,22 +250,9 @@ def _list_ends(renderer: ChatRenderer | None) -> tuple[str, ...]:
         return ()
 
 
-def explain(error: BaseException) -> str:
-    """What went wrong and why, in a line."""
-    return f"{error.what}: {error.why}" if isinstance(error, FtcliError) and error.why else str(error)
-
-
 def _has_library() -> bool:
     try:
         load_library()
     except UsageError:
         return False
     return True
-
-
-def measure_options(on_event: OnEvent) -> dict[str, Any]:
-    """How models are compared here, and told of."""
-    return {
-        "batch_tokens": BATCH_TOKENS,
-        "on_progress": lambda done, total: on_event(Progress("verify", done, total)),
-    }

@@ -338,11 +338,7 @@ def _find_first_token(tokenizer: Any) -> str | None:
     if not isinstance(tokenizer.chat_template, str):
         return None
     renderer = ChatRenderer(tokenizer)
-    try:
-        text = renderer.template.render([{"role": "user", "content": "a"}], None, prompt=True)
-    except ContentError:
-        return None
-    found = renderer.encoder.added.match(text)
+    found = renderer.encoder.added.match(renderer.template.render_question() or "")
     return found.group() if found else None
 
 

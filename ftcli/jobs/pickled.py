@@ -18,7 +18,7 @@ from ftcli.store.run import RunFolder
 from ftcli.store.storage import quote
 from ftcli.store.target import (
     PACKAGE_SCHEME,
-    explain_hub_error,
+    fetch_files,
     find_package_file,
     looks_like_path,
     path_exists,
@@ -34,22 +34,10 @@ _TEMPLATES = "additional_chat_templates"
 _MOST_TEXT_BYTES = 64 << 20  # the largest tokenizer.json is half of it
 # what weights, states of a training and archives are called
 _DATA_SUFFIXES = {
-    *(
-        *_SUFFIXES,
-        ".ckpt",
-        ".safetensors",
-        ".gguf",
-        ".ggml",
-        ".h5",
-        ".msgpack",
-        ".onnx",
-        ".onnx_data",
-        ".ot",
-        ".tflite",
-    ),
-    *(".pkl", ".pickle", ".joblib", ".npy", ".npz", ".pdparams", ".mlmodel", ".pt2", ".distcp"),
-    *(".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".parquet", ".arrow"),
-}
+    *_SUFFIXES, ".ckpt", ".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite",
+    ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".pdparams", ".mlmodel", ".pt2", ".distcp",
+    ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".parquet", ".arrow",
+}  # fmt: skip
 _CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
 _HUB_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.md", "*.tiktoken", "LICENSE*", "NOTICE*"]
 _HUB_WEIGHTS = ["pytorch_model*.bin", f"{ADAPTER_STEM}.bin"]
@@ -220,7 +208,7 @@ def _is_text(folder: Path, path: Path) -> bool:
 
 def _fetch(reference: str) -> Path:
     """The folder of a model's small files and .bin files, fetched once the Hub's list says that they are needed."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
 
     try:
         listed = HfApi().model_info(reference).siblings or ()
@@ -229,7 +217,4 @@ def _fetch(reference: str) -> Path:
         raise
     except Exception:
         pass  # what is in the cache may do; what is not is told below
-    try:
-        return Path(snapshot_download(reference, allow_patterns=[*_HUB_TEXTS, *_HUB_WEIGHTS]))
-    except Exception as error:
-        raise explain_hub_error(error, reference) from error
+    return fetch_files(reference, [*_HUB_TEXTS, *_HUB_WEIGHTS])

@@ -13,13 +13,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ftcli.errors import ContentError, UsageError, VerificationFailed
+from ftcli.errors import ContentError, VerificationFailed
 from ftcli.events import Notice, OnEvent, Pace, Saved, Stage, ignore_event
 from ftcli.jobs.pickled import ADAPTER_STEM, PickledWeights, find_local, find_pickled, name_pickled
 from ftcli.model.dimensions import read_dimensions
 from ftcli.model.layout import FAMILIES
 from ftcli.store.file import bring_back, describe_files, read_json, staged_folder, write_json
-from ftcli.store.output import MANIFEST, read_output
+from ftcli.store.output import MANIFEST, check_outside, check_replaceable, read_output
 from ftcli.store.run import MANIFEST_SCHEMA, now_text
 from ftcli.store.shard import PlannedTensor, measure_shards, plan_shards, write_shards
 from ftcli.store.storage import BinTensor, pick_pieces, quote, read_bin_state, read_pieces
@@ -41,13 +41,9 @@ class SafeVerification:
     n_tensors: int
     size_bytes: int
 
-    @property
-    def has_passed(self) -> bool:
-        return True
-
     def to_json(self) -> dict[str, Any]:
         """The object under ``verify``."""
-        return {"method": "bytes", "tensors": self.n_tensors, "bytes": self.size_bytes, "passed": self.has_passed}
+        return {"method": "bytes", "tensors": self.n_tensors, "bytes": self.size_bytes, "passed": True}
 
 
 @dataclass(frozen=True)
@@ -305,17 +301,10 @@ def _check_output(final: Path, sources: Iterable[Path], *, overwrite: bool) -> N
     Raises:
         UsageError: something is there, or what is read lies in it.
     """
-    where = str(final)
-    for path in sources:
-        if path.resolve().is_relative_to(final.resolve()):
-            raise UsageError(f"what is converted lies in it: {path}", where=where, hint="choose another --output")
-    if not final.exists() and not final.is_symlink():
-        return
-    if final.is_dir() and not any(final.iterdir()):
-        return
-    if not overwrite:
-        raise UsageError("exists already", where=where, hint="replace it: --overwrite; or choose another --output")
-    manifest = (read_json(final / MANIFEST) if final.is_dir() else None) or {}
-    if (manifest.get("command"), manifest.get("format")) != ("export", _FORMAT):
-        what = "was not made by ftcli export --safetensors, so it is not replaced"
-        raise UsageError(what, where=where, hint="choose another --output")
+    check_outside(final, sources, "converted")
+    check_replaceable(
+        final,
+        overwrite=overwrite,
+        is_own=lambda manifest: (manifest.get("command"), manifest.get("format")) == ("export", _FORMAT),
+        otherwise="was not made by ftcli export --safetensors",
+    )

@@ -21,13 +21,12 @@ from ftcli.errors import FtcliError, UsageError, is_memory_error
 from ftcli.evaluate.loss import count_targets
 from ftcli.evaluate.sample import load_known_rows
 from ftcli.evaluate.subject import load_plain
-from ftcli.evaluate.target import MANIFEST
 from ftcli.events import Notice, OnEvent, Saved, Stage, ignore_event
 from ftcli.merge.adapter import read_adapter
 from ftcli.merge.arithmetic import Survival
 from ftcli.merge.card import build_card
 from ftcli.merge.folder import write_config, write_generation_config, write_tokenizer, write_weights
-from ftcli.merge.output import check_output, name_output, read_output
+from ftcli.merge.output import check_output, name_output
 from ftcli.merge.plan import Weights, plan_merge
 from ftcli.merge.source import Source, find_source
 from ftcli.merge.verify import MOST_TOKENS, Verification, fill_weights, verify_models, verify_tensors
@@ -43,11 +42,12 @@ from ftcli.store.file import (
     write_json,
     write_text,
 )
+from ftcli.store.output import MANIFEST, read_output
 from ftcli.store.run import MANIFEST_SCHEMA, find_owner, locked, now_text, read_manifest, update_manifest
 from ftcli.store.shard import measure_shards
 from ftcli.store.target import ModelFiles, fingerprint_model
+from ftcli.store.version import list_versions
 from ftcli.train.memory import explain_lack
-from ftcli.train.record import list_versions
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SMALL_FILES_BYTES = 64 << 20  # tokenizer, config, card

@@ -30,7 +30,7 @@ from ftcli.store.file import make_folder
 from ftcli.store.weight import read_weight_table
 from ftcli.train.memory import release_models
 
-BATCH_TOKENS = 2048
+_BATCH_TOKENS = 2048
 MOST_TOKENS = 2048  # trained tokens of each set that are compared
 _PROBE_SEED, _PROBE_BYTES = 0, 8 << 20  # of a block in float64
 _FLOAT32 = 2.0**-22  # what sums in float32 add to the rounding
@@ -67,6 +67,14 @@ class Verification:
         }
 
 
+def measure_options(on_event: OnEvent) -> dict[str, Any]:
+    """How two models are compared to prove an artifact, and told of."""
+    return {
+        "batch_tokens": _BATCH_TOKENS,
+        "on_progress": lambda done, total: on_event(Progress("verify", done, total)),
+    }
+
+
 def verify_models(
     open_source: Callable[[], Subject],
     open_result: Callable[[], Any],
@@ -89,10 +97,7 @@ def verify_models(
     Raises:
         MemoryExhausted: one of both models does not fit.
     """
-    options: dict[str, Any] = {
-        "batch_tokens": BATCH_TOKENS,
-        "on_progress": lambda done, total: on_event(Progress("verify", done, total)),
-    }
+    options = measure_options(on_event)
     on_event(Stage("verify", "the adapter on its base"))
     source = open_source()
     renderer, recordings, distances = source.renderer, {}, {}

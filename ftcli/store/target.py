@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,18 +169,24 @@ def _open_path(path: Path, reference: str) -> ModelFiles:
 
 
 def _fetch_from_hub(reference: str, revision: str | None, *, weights: bool = True) -> ModelFiles:
+    folder = fetch_files(reference, _HUB_FILES if weights else _HUB_TEXTS, revision=revision)
+    if weights and not any(folder.glob("*.safetensors")):
+        folder = fetch_files(reference, [*_HUB_FILES, "*.bin"], revision=revision)
+    return ModelFiles(reference, folder, revision=folder.name)
+
+
+def fetch_files(reference: str, patterns: Sequence[str], *, revision: str | None = None) -> Path:
+    """The folder of the Hub's files that ``patterns`` match, named by the commit.
+
+    Raises:
+        HubError: the Hub refused, or could not be reached.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        if not weights:
-            folder = Path(snapshot_download(reference, revision=revision, allow_patterns=_HUB_TEXTS))
-            return ModelFiles(reference, folder, revision=folder.name)
-        folder = Path(snapshot_download(reference, revision=revision, allow_patterns=_HUB_FILES))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(reference, revision=revision, allow_patterns=[*_HUB_FILES, "*.bin"]))
+        return Path(snapshot_download(reference, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:
         raise explain_hub_error(error, reference) from error
-    return ModelFiles(reference, folder, revision=folder.name)
 
 
 def explain_hub_error(error: Exception, reference: str) -> HubError:

@@ -12,7 +12,7 @@ from ftcli.model.base import name_dtype
 from ftcli.recipe import dump_recipe
 from ftcli.store.file import hash_file, write_text
 from ftcli.store.run import RunFolder, append_line, now_text, read_manifest, update_manifest
-from ftcli.store.version import list_versions as list_versions
+from ftcli.store.version import list_versions
 from ftcli.train.change import Change
 from ftcli.train.forecast import RunForecast
 from ftcli.train.loop import StepResult

@@ -18,9 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cyllama.llama.llama_cpp import LlamaModelQuantizeParams, model_quantize
-from gguf_models import QUANTIZED, write_model
+from gguf_models import QUANTIZED, convert_model, write_model
 
-from ftcli.gguf.convert import convert
 from ftcli.gguf.draft import KINDS
 
 
@@ -31,7 +30,7 @@ def main() -> None:
         hashes[case] = {}
         with tempfile.TemporaryDirectory() as scratch:
             source, output = Path(scratch) / "source.gguf", Path(scratch) / "output.gguf"
-            convert(write_model(Path(scratch) / "model", "smollm2", **changes), source, kind="f32")
+            convert_model(write_model(Path(scratch) / "model", "smollm2", **changes), source, kind="f32")
             for kind in list(KINDS)[3:]:
                 params = LlamaModelQuantizeParams()
                 params.ftype, params.nthread = KINDS[kind], 1

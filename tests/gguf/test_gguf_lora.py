@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import SMOLLM2, build_model, save_model
 from gguf import GGUFReader
-from gguf_models import ADAPTED, write_adapter, write_model
+from gguf_models import ADAPTED, convert_model, write_adapter, write_model
 from make_lora import NAME
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -28,7 +28,6 @@ from ftcli.evaluate.subject import TorchBackend
 from ftcli.events import Event, Notice, Progress
 from ftcli.gguf import adapter as module
 from ftcli.gguf.adapter import export_adapter
-from ftcli.gguf.convert import convert
 from ftcli.gguf.export import export
 from ftcli.store.file import hash_file
 from ftcli.store.run import RunFolder
@@ -68,7 +67,7 @@ def compare_logits(base: Path, adapter: Path, file: Path, tokenizer: Any, scratc
     """The greatest distance of llama.cpp with the file to PEFT, of PEFT to the base, and of a logit to zero."""
     from transformers import AutoModelForCausalLM
 
-    convert(base, scratch / "base.gguf", kind="f32")
+    convert_model(base, scratch / "base.gguf", kind="f32")
     renderer = ChatRenderer(tokenizer)
     n = len(tokenizer)
     documents = [Rendered([i * 7 % n for i in range(40)], [i > 2 for i in range(40)], "f", 1)]
@@ -236,7 +235,7 @@ def test_an_unknown_family_is_named(tmp_path: Path, make_adapter: Any) -> None:
 def test_a_run_is_measured_and_told(run: RunFolder) -> None:  # noqa: F811
     made = export_adapter("run")
     folder = run.path / "gguf"
-    assert (made.source, made.name, made.path) == ("run", "run", Path("run/gguf/run-F32-LoRA.gguf"))
+    assert (made.source, made.path) == ("run", Path("run/gguf/run-F32-LoRA.gguf"))
     assert made.verification is not None
     assert made.verification.verdict is not None
     figures = made.to_json()["verify"]
@@ -298,7 +297,7 @@ def _verify(adapter: Path, options: dict[str, Any]) -> Any:
 def test_llama_cpp_says_why_it_refuses_an_adapter(tmp_path: Path, adapt: Any, tiny_model: Path) -> None:
     _, adapter = adapt("llama", {"intermediate_size": 96})
     made = export_adapter(str(adapter), output=tmp_path / "out", verifies=False)
-    base = convert(tiny_model, tmp_path / "other.gguf", kind="f16").path
+    base = convert_model(tiny_model, tmp_path / "other.gguf", kind="f16").path
     with pytest.raises(ContentError, match="cannot use the adapter") as caught:
         LlamaModel(base, n_threads=1, adapter=made.path)
     assert "incorrect shape" in caught.value.why

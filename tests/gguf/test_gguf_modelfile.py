@@ -226,7 +226,7 @@ def test_a_modelfile_names_the_file_its_stop_and_its_context() -> None:
         ("PARAMETER", "num_ctx 2048"),
     ]
     assert "# FROM ./m-Q4_K_M.gguf\n" in made.text
-    assert (made.family, made.problem) == ("chatml", "")
+    assert made.problem == ""
 
 
 def test_a_template_can_be_read() -> None:
@@ -240,32 +240,15 @@ def test_a_template_can_be_read() -> None:
     )
 
 
-def test_each_stop_is_there_once() -> None:
-    made = build(build_own(CHATML), stops=["<|im_end|>", "<|endoftext|>", '<|"|>'])
+def test_a_stop_with_a_quote_in_it_is_one() -> None:
+    made = build(build_own(CHATML.replace("<|im_end|>", '<|"|>'), eos_token='<|"|>'))
     stops = [value for key, value in read_modelfile(made.text) if key == "PARAMETER" and value.startswith("stop")]
-    assert stops == ["stop <|im_end|>", "stop <|endoftext|>", 'stop <|"|>']
-
-
-@pytest.mark.parametrize(
-    ("name", "family"),
-    [
-        ("bundled-chatml", "chatml"),
-        ("bundled-llama3", "llama3"),
-        ("bundled-mistral", "mistral"),
-        ("phi3", "phi3"),
-        ("gemma2", "gemma"),
-        ("llama2", "llama2"),
-        ("qwen3", "qwen3"),
-        pytest.param("smollm2", "chatml", marks=pytest.mark.real),
-    ],
-)
-def test_families_have_the_names_that_people_know(name: str, family: str) -> None:
-    assert build(load_named(name)).family == family
+    assert stops == ['stop <|"|>']
 
 
 def test_an_unknown_family_has_a_template_if_it_has_a_shape() -> None:
     made = build(build_own(CHATML.replace("im_", "odd_")))
-    assert (made.family, made.problem) == ("own", "")
+    assert made.problem == ""
     assert "<|odd_start|>user" in read_value(made.text, "TEMPLATE")
 
 

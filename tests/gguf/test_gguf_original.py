@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_models import QUANTIZED, write_model
+from gguf_models import QUANTIZED, convert_model, write_model
 
 from ftcli.errors import ContentError, FtcliError
 from ftcli.gguf.convert import convert
@@ -38,7 +38,7 @@ def open_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 def test_file_is_the_one_that_llama_quantize_writes(
     tmp_path: Path, open_case: Callable[[str], Path], case: str, source: str, kind: str
 ) -> None:
-    original = convert(open_case(case), tmp_path / "a.gguf", kind=source).path
+    original = convert_model(open_case(case), tmp_path / "a.gguf", kind=source).path
     result = convert(draft_gguf(original), tmp_path / "b.gguf", kind=kind)
     assert hashlib.sha256(result.path.read_bytes()).hexdigest() == HASHES[case][kind]
 
@@ -46,7 +46,7 @@ def test_file_is_the_one_that_llama_quantize_writes(
 def test_a_rounded_file_of_another_family_or_part_is_refused(tmp_path: Path, open_case: Callable[[str], Path]) -> None:
     folder, path = open_case("narrow"), tmp_path / "a.gguf"
     with pytest.raises(ContentError, match=r"rounded already: .* is Q8_0"):
-        draft_gguf(convert(folder, path, kind="q8_0").path)
+        draft_gguf(convert_model(folder, path, kind="q8_0").path)
     draft = draft_model(open_folder(folder))
     changes: list[tuple[dict[str, Any], str]] = [
         ({"general.architecture": "mamba"}, "does not know which types"),
@@ -65,7 +65,7 @@ def test_a_rounded_file_of_another_family_or_part_is_refused(tmp_path: Path, ope
 
 
 def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, open_case: Callable[[str], Path]) -> None:
-    path = convert(open_case("narrow"), tmp_path / "a.gguf", kind="f16").path
+    path = convert_model(open_case("narrow"), tmp_path / "a.gguf", kind="f16").path
     path.write_bytes(path.read_bytes()[:-64])
     with pytest.raises(ContentError, match="cut off"):
         draft_gguf(path)
@@ -75,7 +75,7 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, open_case: Callable[[
 def test_a_damaged_header_is_an_error_or_a_file(
     tmp_path: Path, open_case: Callable[[str], Path], n_mutants: int
 ) -> None:
-    good = convert(open_case("narrow"), tmp_path / "a.gguf", kind="f16").path.read_bytes()
+    good = convert_model(open_case("narrow"), tmp_path / "a.gguf", kind="f16").path.read_bytes()
     end = read_gguf_header(tmp_path / "a.gguf").data_offset
     rng = random.Random(n_mutants)
     outcomes = Counter[str]()

@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_models import QUANTIZED, write_model
+from gguf_models import QUANTIZED, convert_model, write_model
 
 from ftcli.errors import ContentError, FtcliError, NumericError
 from ftcli.evaluate.llama_library import LlamaModel, load_library
 from ftcli.events import Progress
 from ftcli.gguf.ahead import run_ahead
-from ftcli.gguf.convert import convert
 from ftcli.gguf.draft import KINDS
 from ftcli.gguf.encode import encode_block
 from ftcli.gguf.kquant import SCALES
@@ -59,7 +58,7 @@ def in_torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.skipif(not has_llama(), reason="llama.cpp is not installed")
 @pytest.mark.parametrize("kind", ["q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"])
 def test_file_is_the_same_natively(tmp_path: Path, open_case: Callable[[str], Path], kind: str) -> None:
-    result = convert(open_case("wide"), tmp_path / "a.gguf", kind=kind)
+    result = convert_model(open_case("wide"), tmp_path / "a.gguf", kind=kind)
     assert hashlib.sha256(result.path.read_bytes()).hexdigest() == HASHES["wide"][kind]
     assert find_packer(GGUF_MIXTURES[kind]) is not None
 
@@ -75,7 +74,7 @@ def test_file_is_the_same_natively(tmp_path: Path, open_case: Callable[[str], Pa
 def test_file_is_the_one_that_llama_quantize_writes(
     tmp_path: Path, open_case: Callable[[str], Path], case: str, kind: str
 ) -> None:
-    result = convert(open_case(case), tmp_path / "a.gguf", kind=kind)
+    result = convert_model(open_case(case), tmp_path / "a.gguf", kind=kind)
     assert hashlib.sha256(result.path.read_bytes()).hexdigest() == HASHES[case][kind]
 
 
@@ -83,7 +82,7 @@ def test_file_is_the_one_that_llama_quantize_writes(
 def test_forecast_is_to_the_byte(tmp_path: Path, open_case: Callable[[str], Path], case: str) -> None:
     folder = open_case(case)
     forecast = describe_model(read_dimensions(json.loads((folder / "config.json").read_text()))).weigh_gguf()
-    result = convert(folder, tmp_path / "a.gguf", kind="q3_k_m")
+    result = convert_model(folder, tmp_path / "a.gguf", kind="q3_k_m")
     header = read_gguf_header(result.path)
     data_bytes = result.size_bytes - header.data_offset
     assert data_bytes == forecast["q3_k_m"]
@@ -97,7 +96,9 @@ def test_forecast_is_to_the_byte(tmp_path: Path, open_case: Callable[[str], Path
 
 
 def test_types_of_32_values_only_miss_the_row_of_the_head(tmp_path: Path, open_case: Callable[[str], Path]) -> None:
-    results = {kind: convert(open_case("narrow"), tmp_path / "a.gguf", kind=kind) for kind in ("q8_0", "q4_0", "bf16")}
+    results = {
+        kind: convert_model(open_case("narrow"), tmp_path / "a.gguf", kind=kind) for kind in ("q8_0", "q4_0", "bf16")
+    }
     head = results["q4_0"].types["Q8_0"]
     assert head == 272 * 64
     assert [result.fallback * result.n_parameters for result in results.values()] == [0, head, 0]
@@ -105,7 +106,9 @@ def test_types_of_32_values_only_miss_the_row_of_the_head(tmp_path: Path, open_c
 
 
 def test_rows_that_no_block_fits_are_f16(tmp_path: Path, open_case: Callable[[str], Path]) -> None:
-    result = convert(open_case("narrow, odd"), tmp_path / "a.gguf", kind="q8_0")  # which llama.cpp did not know in 2025
+    result = convert_model(
+        open_case("narrow, odd"), tmp_path / "a.gguf", kind="q8_0"
+    )  # which llama.cpp did not know in 2025
     assert result.types.keys() == {"F32", "Q8_0", "F16"}
     assert result.fallback == result.types["F16"] / result.n_parameters
 
@@ -127,7 +130,7 @@ def test_bytes_do_not_depend_on_threads_and_blocks(
     source = open_folder(open_case("wide"))
     source = OpenSource(source.folder, tuple(map(cut, source.tensors)))
     events: list[Any] = []
-    result = convert(source, tmp_path / "a.gguf", kind="q4_k_m", on_event=events.append)
+    result = convert_model(source, tmp_path / "a.gguf", kind="q4_k_m", on_event=events.append)
     assert hashlib.sha256(result.path.read_bytes()).hexdigest() == HASHES["wide"]["q4_k_m"]
     assert torch.get_num_threads() == before
     done = [event for event in events if isinstance(event, Progress)]
@@ -154,7 +157,7 @@ def test_pool_ends_with_what_stops_it(
         source = OpenSource(source.folder, tuple(tensors))
     before = torch.get_num_threads()
     with pytest.raises(error) as caught:
-        convert(source, tmp_path / "a.gguf", kind="q4_k_m", on_event=stop)
+        convert_model(source, tmp_path / "a.gguf", kind="q4_k_m", on_event=stop)
     assert error is KeyboardInterrupt or "blk.1.attn_output.weight holds NaN" in str(caught.value)
     assert not list(tmp_path.iterdir())
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ftcli-ahead")]
@@ -190,7 +193,9 @@ def test_llama_cpp_computes_nearly_the_same(
 ) -> None:
     logits = []
     for name in ("f32", kind):
-        model = LlamaModel(convert(open_case("wide, untied"), tmp_path / f"{name}.gguf", kind=name).path, n_threads=1)
+        model = LlamaModel(
+            convert_model(open_case("wide, untied"), tmp_path / f"{name}.gguf", kind=name).path, n_threads=1
+        )
         model.clear(32)
         logits.append(torch.from_numpy(model.decode(list(range(5, 37)), list(range(32)))).flatten())
     assert least < torch.corrcoef(torch.stack(logits))[0, 1] < 1
