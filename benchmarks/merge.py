@@ -22,16 +22,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-HIDDEN, FFN, VOCAB = 2048, 8192, 32000
-MODULES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (HIDDEN // 4, HIDDEN),
-    "self_attn.v_proj": (HIDDEN // 4, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (FFN, HIDDEN),
-    "mlp.up_proj": (FFN, HIDDEN),
-    "mlp.down_proj": (HIDDEN, FFN),
-}
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from large_model import HIDDEN, write_large_adapter, write_large_model
+
+VOCAB = 32000
 WAYS = {
     "ftcli": (
         "from ftcli.merge.run import merge\n"
@@ -44,64 +39,6 @@ WAYS = {
         "model.save_pretrained({out!r}, max_shard_size='5GB')"
     ),
 }
-
-
-def write_base(folder: Path, layers: int) -> int:
-    """The bytes of the base's weights."""
-    import torch
-
-    from ftcli.store.shard import PlannedTensor, plan_shards, write_shards
-
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "vocab_size": VOCAB,
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
-    }
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (VOCAB, HIDDEN), "lm_head": (VOCAB, HIDDEN)}
-    for layer in range(layers):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in MODULES.items()}
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{layer}.{name}"] = (HIDDEN,)
-    shapes["model.norm"] = (HIDDEN,)
-    tensors = [PlannedTensor(f"{name}.weight", "BF16", shape) for name, shape in shapes.items()]
-    generator = torch.Generator().manual_seed(0)
-
-    def make_pieces(tensor: PlannedTensor) -> Any:
-        left = tensor.size_bytes
-        while left:
-            n = min(left, 8 << 20)
-            yield (torch.randn(n // 2, generator=generator) * 0.02).bfloat16().view(torch.uint8).numpy()
-            left -= n
-
-    write_shards(folder, plan_shards(tensors, 1_000_000_000), make_pieces)
-    return sum(tensor.size_bytes for tensor in tensors)
-
-
-def write_adapter(folder: Path, base: Path, layers: int) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(1)
-    weights = {}
-    for layer in range(layers):
-        for name, (n_out, n_in) in MODULES.items():
-            prefix = f"base_model.model.model.layers.{layer}.{name}"
-            weights[f"{prefix}.lora_A.weight"] = torch.randn(16, n_in, generator=generator) * 0.01
-            weights[f"{prefix}.lora_B.weight"] = torch.randn(n_out, 16, generator=generator) * 0.01
-    save_file(weights, folder / "adapter_model.safetensors")
-    leaves = [name.rsplit(".", 1)[-1] for name in MODULES]
-    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": leaves, "task_type": "CAUSAL_LM"}
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
 
 
 def run(way: str, values: dict[str, Any]) -> dict[str, float]:
@@ -130,9 +67,10 @@ def main() -> None:
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        size = write_base(root / "base", options.layers)
+        tensors = write_large_model(root / "base", VOCAB, shard_bytes=1_000_000_000, layers=options.layers)
+        size = sum(tensor.size_bytes for tensor in tensors)
         write_tokenizer(root / "base")
-        write_adapter(root / "adapter", root / "base", options.layers)
+        write_large_adapter(root / "adapter", root / "base", layers=options.layers)
         values = {key: str(root / key) for key in ("base", "adapter", "out")}
         for _ in range(options.rounds):
             entry = {way: run(way, values | {"verifies": False}) for way in WAYS}

@@ -55,6 +55,7 @@ def in_torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr("ftcli.gguf.encode.find_packer", lambda kind: None)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU packs instead")
 @pytest.mark.skipif(not has_llama(), reason="llama.cpp is not installed")
 @pytest.mark.parametrize("kind", ["q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"])
 def test_file_is_the_same_natively(tmp_path: Path, open_case: Callable[[str], Path], kind: str) -> None:
