@@ -15,7 +15,7 @@ from ftcli.data.byte_level import list_byte_characters
 from ftcli.events import Notice, OnEvent, ignore_event
 from ftcli.gguf.convert import Converted, convert
 from ftcli.gguf.draft import draft_model
-from ftcli.gguf.source import Source, open_folder
+from ftcli.merge.stream import ModelStream, open_folder
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3 = {
@@ -157,7 +157,7 @@ ADAPTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 def convert_model(
-    model: Path | Source, output: Path, *, kind: str, name: str | None = None, on_event: OnEvent = ignore_event
+    model: Path | ModelStream, output: Path, *, kind: str, name: str | None = None, on_event: OnEvent = ignore_event
 ) -> Converted:
     """The file of a model (a folder, or where its weights are made) that lies at ``output``, notices told."""
     draft = draft_model(open_folder(model) if isinstance(model, Path) else model, name=name)

@@ -19,9 +19,9 @@ import torch
 from ftcli.gguf.family import FILE_TYPE, Config, Family, find_family
 from ftcli.gguf.metadata import QUANTIZATION_VERSION, build_keys, read_model_config
 from ftcli.gguf.mixture import choose_type, find_position, is_fallback, read_ratios
-from ftcli.gguf.source import Source, SourceTensor
 from ftcli.gguf.vocabulary import Training, build_vocabulary, fit_name
 from ftcli.gguf.write import OutputTensor, Value
+from ftcli.merge.stream import ModelStream, StreamTensor
 from ftcli.model.precision import Ratios
 
 Keys = Mapping[str, Value]
@@ -113,7 +113,7 @@ class Draft:
         return self.is_requantized or kind not in _PLAIN_KINDS
 
 
-def draft_model(source: Source, *, name: str | None = None, training: Training | None = None) -> Draft:
+def draft_model(source: ModelStream, *, name: str | None = None, training: Training | None = None) -> Draft:
     """The file of a model in transformers' layout.
 
     Args:
@@ -137,7 +137,7 @@ def draft_model(source: Source, *, name: str | None = None, training: Training |
     return Draft(family.architecture, keys, tensors, ratios, notices=notices)
 
 
-def _list_tensors(source: Source, family: Family, config: Config) -> tuple[DraftTensor, ...]:
+def _list_tensors(source: ModelStream, family: Family, config: Config) -> tuple[DraftTensor, ...]:
     """The tensors in order: those that transformers computes, then the model's."""
     listed = [
         DraftTensor(name, tuple(values.shape), partial(_give, values), "F32")
@@ -162,7 +162,7 @@ def _give(values: torch.Tensor) -> Iterator[torch.Tensor]:
     yield values
 
 
-def _adapt_blocks(tensor: SourceTensor, family: Family, config: Config) -> Iterator[torch.Tensor]:
+def _adapt_blocks(tensor: StreamTensor, family: Family, config: Config) -> Iterator[torch.Tensor]:
     """The rows of a weight as llama.cpp wants them; where rows change places, all of them are in memory."""
     if family.reorders(tensor.name):
         whole = family.adapt(tensor.name, torch.cat(list(tensor.make_blocks())), config)

@@ -28,12 +28,10 @@ from ftcli.gguf.kind import can_tell_loss, find_kinds, suggest_larger
 from ftcli.gguf.modelfile import build_modelfile
 from ftcli.gguf.original import draft_gguf
 from ftcli.gguf.output import Output, find_output
-from ftcli.gguf.source import OpenSource, open_folder, open_merge
 from ftcli.gguf.verify import Expected, Verification, record_source, verify_file
 from ftcli.gguf.vocabulary import Training, adds_bos
-from ftcli.merge.card import build_front
-from ftcli.merge.run import Merging
-from ftcli.merge.source import Source, build_source
+from ftcli.merge.source import build_source
+from ftcli.merge.stream import open_model
 from ftcli.merge.verify import MOST_TOKENS
 from ftcli.model.base import choose_device, choose_dtype
 from ftcli.store.file import check_free, disk_errors, read_json, write_text
@@ -183,26 +181,13 @@ class _ModelExport:
         """The model under its own name, from which the files' metadata follow."""
         target = self.target
         training = Training(target.added_tokens, target.template_kwargs) if target.is_trained else None
+        folder = self.scratch / "model" / self.place.name
         try:
-            return draft_model(self._open_source(), training=training)
+            return draft_model(open_model(target, folder, self.place.folder, self.on_event), training=training)
         except FtcliError as error:
             if str(self.scratch) in error.where:  # under which name the model is only for a while
-                error.where = self.target.name
+                error.where = target.name
             raise
-
-    def _open_source(self) -> OpenSource:
-        folder = self.scratch / "model" / self.place.name
-        with disk_errors(folder):
-            folder.parent.mkdir()
-            if not isinstance(self.target, Source):
-                folder.symlink_to(self.target.files.folder.resolve())
-                return open_folder(folder)
-            folder.mkdir()
-        merging = Merging(self.target, self.place.folder, None, "original", self.on_event)
-        merging.write_texts(folder)
-        base = self.target.manifest.get("base", {}).get("id", self.target.files.reference)
-        write_text(folder / "README.md", "\n".join(build_front(base)))
-        return open_merge(folder, merging.plan, merging.weights)
 
     def _check_disk(self, draft: Draft, kinds: Sequence[str], documents: Sequence[Rendered]) -> None:
         needed = sum(map(draft.measure_bytes, kinds))

@@ -14,8 +14,8 @@ import torch
 
 from ftcli.errors import ContentError
 from ftcli.gguf.draft import Draft, DraftTensor
-from ftcli.gguf.source import cut_rows
 from ftcli.gguf.write import Raw
+from ftcli.merge.stream import cut_rows
 from ftcli.model.precision import Ratios, shares_values
 from ftcli.model.stored import read_rows
 from ftcli.store.gguf_header import GgufHeader, check_gguf_data

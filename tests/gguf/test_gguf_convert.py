@@ -29,11 +29,11 @@ from ftcli.gguf.draft import draft_model
 from ftcli.gguf.piece_model import read_pieces
 from ftcli.gguf.pre_tokenizer import find_pre_tokenizer
 from ftcli.gguf.reader import VocabularyReader
-from ftcli.gguf.source import OpenSource, SourceTensor, open_folder, open_merge
 from ftcli.gguf.vocabulary import Training
 from ftcli.merge.adapter import read_adapter
 from ftcli.merge.plan import plan_merge
 from ftcli.merge.run import merge
+from ftcli.merge.stream import ModelStream, StreamTensor, open_folder, open_merge
 from ftcli.model.base import build_skeleton
 from ftcli.model.stored import open_stored
 from ftcli.recipe import ModelSection
@@ -278,7 +278,7 @@ def test_few_blocks_are_held(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
 
-    def watch(tensor: SourceTensor) -> SourceTensor:
+    def watch(tensor: StreamTensor) -> StreamTensor:
         def make_blocks() -> Iterator[torch.Tensor]:
             nonlocal most
             for block in tensor.make_blocks():
@@ -291,7 +291,7 @@ def test_few_blocks_are_held(folder: Path, tmp_path: Path, monkeypatch: pytest.M
 
         return replace(tensor, make_blocks=make_blocks)
 
-    source = OpenSource(folder, tuple(watch(tensor) for tensor in whole.tensors))
+    source = ModelStream(folder, tuple(watch(tensor) for tensor in whole.tensors))
     monkeypatch.setattr("ftcli.gguf.convert.count_threads", lambda: 1)
     convert_model(source, tmp_path / "a.gguf", kind="f16")
     assert len(alive) == len(whole.tensors)

@@ -19,8 +19,8 @@ from ftcli.errors import ContentError, FtcliError
 from ftcli.gguf.convert import convert
 from ftcli.gguf.draft import draft_model
 from ftcli.gguf.original import draft_gguf
-from ftcli.gguf.source import open_folder
 from ftcli.gguf.write import write_gguf
+from ftcli.merge.stream import open_folder
 from ftcli.store.gguf_header import read_gguf_header
 
 HASHES = json.loads(Path(__file__).with_name("quantized.json").read_text())

@@ -24,7 +24,7 @@ from ftcli.gguf.draft import KINDS
 from ftcli.gguf.encode import encode_block
 from ftcli.gguf.kquant import SCALES
 from ftcli.gguf.native import find_packer
-from ftcli.gguf.source import OpenSource, SourceTensor, open_folder
+from ftcli.merge.stream import ModelStream, StreamTensor, open_folder
 from ftcli.model.anatomy import describe_model
 from ftcli.model.dimensions import read_dimensions
 from ftcli.model.precision import GGUF_MIXTURES
@@ -118,18 +118,18 @@ def test_rows_that_no_block_fits_are_f16(tmp_path: Path, open_case: Callable[[st
 def test_bytes_do_not_depend_on_threads_and_blocks(
     tmp_path: Path, open_case: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, n_threads: int
 ) -> None:
-    def cut(tensor: SourceTensor) -> SourceTensor:
+    def cut(tensor: StreamTensor) -> StreamTensor:
         def make_blocks() -> Iterator[torch.Tensor]:
             for block in tensor.make_blocks():
                 yield from torch.split(block, 40)
 
-        return SourceTensor(tensor.name, tensor.shape, make_blocks)
+        return StreamTensor(tensor.name, tensor.shape, make_blocks)
 
     monkeypatch.setattr("ftcli.gguf.convert.count_threads", lambda: n_threads)
     monkeypatch.setattr("ftcli.gguf.draft._BLOCK_VALUES", 5000)
     before = torch.get_num_threads()
     source = open_folder(open_case("wide"))
-    source = OpenSource(source.folder, tuple(map(cut, source.tensors)))
+    source = ModelStream(source.folder, tuple(map(cut, source.tensors)))
     events: list[Any] = []
     result = convert_model(source, tmp_path / "a.gguf", kind="q4_k_m", on_event=events.append)
     assert hashlib.sha256(result.path.read_bytes()).hexdigest() == HASHES["wide"]["q4_k_m"]
@@ -154,8 +154,8 @@ def test_pool_ends_with_what_stops_it(
     if error is ContentError:
         (at,) = (i for i, tensor in enumerate(source.tensors) if tensor.name.endswith("1.self_attn.o_proj.weight"))
         tensors = list(source.tensors)
-        tensors[at] = SourceTensor(tensors[at].name, (256, 256), spoil)
-        source = OpenSource(source.folder, tuple(tensors))
+        tensors[at] = StreamTensor(tensors[at].name, (256, 256), spoil)
+        source = ModelStream(source.folder, tuple(tensors))
     before = torch.get_num_threads()
     with pytest.raises(error) as caught:
         convert_model(source, tmp_path / "a.gguf", kind="q4_k_m", on_event=stop)

@@ -18,9 +18,9 @@ from ftcli.gguf.convert import convert
 from ftcli.gguf.draft import Draft, draft_model
 from ftcli.gguf.kind import find_limit
 from ftcli.gguf.reader import VocabularyReader
-from ftcli.gguf.source import open_folder
 from ftcli.gguf.verify import Expected, Verification, verify_file
 from ftcli.gguf.vocabulary import Training
+from ftcli.merge.stream import open_folder
 from ftcli.store.gguf_header import read_gguf_header
 
 Change = Callable[[dict[str, Any]], None]
