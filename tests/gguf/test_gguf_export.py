@@ -314,7 +314,7 @@ def test_a_file_that_lost_the_fine_tune_fails(
     make_adapter: Any, write_rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the update is left out while the file is written; the document tells both the figures and the error."""
-    from ftcli.gguf import source
+    from ftcli.merge import stream
     from ftcli.merge.arithmetic import make_blocks
 
     def halve(part: Any, weights: Any) -> Iterator[Any]:
@@ -324,7 +324,7 @@ def test_a_file_that_lost_the_fine_tune_fails(
     _, adapter = make_adapter(tied=False, target_modules=["down_proj", "lm_head"], lora_alpha=64)
     words = (str(adapter), "--gguf", "f16", "--data", str(write_rows()), "-o", str(tmp_path / "out"))
     assert invoke(*words).exit_code == 0
-    monkeypatch.setattr(source, "make_blocks", halve)
+    monkeypatch.setattr(stream, "make_blocks", halve)
     result = invoke(*words, "--overwrite", "--json")
     assert result.exit_code == 8, result.output
     document = json.loads(result.stdout)
