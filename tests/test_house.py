@@ -8,7 +8,21 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "ftcli"
-ROOMS = ["errors", "events", "recipe", "store", "data", "model", "evaluate", "train", "merge", "gguf", "jobs", "cli"]
+ROOMS = [
+    "errors",
+    "events",
+    "recipe",
+    "store",
+    "data",
+    "model",
+    "evaluate",
+    "train",
+    "merge",
+    "quantize",
+    "gguf",
+    "jobs",
+    "cli",
+]
 STRANGERS = {frozenset({"recipe", "store"}), frozenset({"data", "model"})}
 LIGHT = {"errors", "events", "recipe", "store", "cli"}
 HEAVY = {

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from ftcli import __version__
-from ftcli.cli import chat, console, env, export, inspect, merge, recipe, tokenize, train
+from ftcli.cli import chat, console, env, export, inspect, merge, quantize, recipe, tokenize, train
 from ftcli.cli.eval import evaluate
 from ftcli.errors import (
     DiskError,
@@ -110,6 +110,7 @@ app.command("tokenize")(tokenize.tokenize)
 app.command("inspect")(inspect.inspect)
 app.command("train")(train.train)
 app.command("merge")(merge.merge)
+app.command("quantize")(quantize.quantize)
 app.command("export")(export.export)
 app.command("eval")(evaluate)
 app.command("chat")(chat.chat)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ftcli.cli import exported
+from ftcli.cli import exported, quantized
 from ftcli.cli.merged import explain_failure, list_merge
 from ftcli.cli.outcome import format_bytes, format_seconds, list_outcome
 from ftcli.errors import FtcliError, VerificationFailed
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ftcli.jobs.safetensors import SafeExport
     from ftcli.jobs.summary import RunSummary
     from ftcli.merge.run import Merged
+    from ftcli.quantize.work import Quantized
     from ftcli.recipe import LoadedRecipe
 
 SCHEMA = 1
@@ -172,9 +173,9 @@ class Reporter:
 
 def describe_progress(event: Progress) -> str:
     """``12/40``, or for bytes ``1.20 of 16.06 GB, 0:42 left``."""
-    if event.unit != "bytes":
-        return f"{event.done}/{event.total}" if event.total else ""
     left = "" if event.seconds_left is None else f", {format_seconds(event.seconds_left)} left"
+    if event.unit != "bytes":
+        return f"{event.done}/{event.total}{left}" if event.total else ""
     return f"{format_bytes(event.done)} of {format_bytes(event.total)}{left}"
 
 
@@ -226,6 +227,16 @@ def show_exported(made: Exported, *, as_json: bool) -> None:
     """
     document, lines = exported.build_document(made), exported.list_export(made)
     _show_artifact("export", document, lines, exported.explain_failure(made.files), as_json=as_json)
+
+
+def show_quantized(made: Quantized, *, as_json: bool) -> None:
+    """Nothing; what came of a quantisation is on stdout.
+
+    Raises:
+        VerificationFailed: the result is not the model that it was made from.
+    """
+    document, lines = made.to_json(), quantized.list_quantized(made)
+    _show_artifact("quantize", document, lines, quantized.explain_failure(made), as_json=as_json)
 
 
 def show_adapter(made: ExportedAdapter, *, as_json: bool) -> None:

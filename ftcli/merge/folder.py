@@ -35,6 +35,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "vocab.txt",
 )
+_TEMPLATES = "additional_chat_templates"  # a folder
 
 
 def write_weights(folder: Path, plan: MergePlan, weights: Weights, on_event: OnEvent) -> list[Survival]:
@@ -83,13 +84,24 @@ def write_tokenizer(folder: Path, files: ModelFiles, adapter: Path) -> None:
         for name in _TOKENIZER_FILES:
             if (adapter / name).is_file():
                 shutil.copyfile(adapter / name, folder / name)
-        if (adapter / "additional_chat_templates").is_dir():
-            shutil.copytree(adapter / "additional_chat_templates", folder / "additional_chat_templates")
+        if (adapter / _TEMPLATES).is_dir():
+            shutil.copytree(adapter / _TEMPLATES, folder / _TEMPLATES)
     else:
         save_tokenizer(load_tokenizer(files), folder)
     for source in (adapter, files.folder):
         if (source / "tokenizer.model").is_file() and not (folder / "tokenizer.model").exists():
             shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
+
+
+def copy_texts(source: Path, folder: Path) -> None:
+    """Nothing; what a model's folder holds beside its weights lies in ``folder`` too: configs, tokenizer, its code."""
+    names = (*_TOKENIZER_FILES, "tokenizer.model", "config.json", "generation_config.json")
+    has_code = bool((read_json(source / "config.json") or {}).get("auto_map"))
+    for path in sorted(source.iterdir()):
+        if path.is_file() and (path.name in names or (has_code and path.suffix == ".py")):
+            shutil.copyfile(path, folder / path.name)
+    if (source / _TEMPLATES).is_dir():
+        shutil.copytree(source / _TEMPLATES, folder / _TEMPLATES)
 
 
 def write_generation_config(folder: Path, files: ModelFiles, adapter: Path, skeleton: Any, stops: list[int]) -> None:

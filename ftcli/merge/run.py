@@ -26,7 +26,7 @@ from ftcli.merge.adapter import read_adapter
 from ftcli.merge.arithmetic import Survival
 from ftcli.merge.card import build_card
 from ftcli.merge.folder import write_config, write_generation_config, write_tokenizer, write_weights
-from ftcli.merge.output import check_output, name_output
+from ftcli.merge.output import check_output, describe_origin, name_output
 from ftcli.merge.plan import Weights, plan_merge
 from ftcli.merge.source import Source, find_source
 from ftcli.merge.verify import MOST_TOKENS, Verification, fill_weights, verify_models, verify_tensors
@@ -43,10 +43,9 @@ from ftcli.store.file import (
     write_text,
 )
 from ftcli.store.output import MANIFEST, read_output
-from ftcli.store.run import MANIFEST_SCHEMA, find_owner, locked, now_text, read_manifest, update_manifest
+from ftcli.store.run import find_owner, locked, read_manifest, update_manifest
 from ftcli.store.shard import measure_shards
-from ftcli.store.target import ModelFiles, fingerprint_model
-from ftcli.store.version import list_versions
+from ftcli.store.target import ModelFiles
 from ftcli.train.memory import explain_lack
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -260,22 +259,10 @@ class Merging:
 
     def _write_records(self, folder: Path, merged: Merged) -> None:
         """Nothing; card and manifest are written, the manifest last."""
-        files = self.source.files
-        recipe, base = self.source.recipe, self.source.manifest.get("base")
-        if base is None:
-            base = {"id": files.reference, "revision": files.revision, "fingerprint": fingerprint_model(files)}
+        recipe = self.source.recipe
         manifest = {
-            "schema": MANIFEST_SCHEMA,
-            "command": "merge",
-            "finished_at": now_text(),
-            "versions": list_versions(),
-            "base": base,
-            "parent": self.source.name,
+            **describe_origin(self.source, "merge"),
             "adapter_sha256": hash_file(next(self.source.adapter.glob("adapter_model.*"))),
-            **{key: self.source.manifest.get(key) for key in ("tokenizer_sha256", "template_sha256", "data_sha256")},
-            "template_date": self.source.manifest.get("template_date"),
-            "chat_template_kwargs": self.source.template_kwargs,
-            "added_tokens": list(self.source.added_tokens),
             **{key: value for key, value in merged.to_json().items() if key in ("dtype", "onto", "delta", "modules")},
             "verify": merged.verification.to_json() if merged.verification else None,
         }

@@ -45,6 +45,11 @@ class StreamTensor:
     shape: tuple[int, ...]
     make_blocks: Callable[[], Iterator[torch.Tensor]]
 
+    @property
+    def n_values(self) -> int:
+        """Of the whole weight."""
+        return math.prod(self.shape)
+
     def read(self) -> torch.Tensor:
         """The whole weight."""
         blocks = list(self.make_blocks())

@@ -18,6 +18,7 @@ from ftcli.store.file import write_json
 from ftcli.store.safetensors_header import DTYPE_BITS
 
 MOST_SHARD_BYTES = 5_000_000_000
+MOST_HELD_BYTES = 2_000_000_000  # of tensors that are written together
 _ALIGNMENT = 8
 _HEADER_ALLOWANCE_BYTES = 1 << 20  # headers and index, for the forecast of the disk
 
@@ -53,9 +54,7 @@ def plan_shards(
         groups[-1].append(tensor)
         size += tensor.size_bytes
     ordered = [tuple(sorted(group, key=lambda tensor: -DTYPE_BITS[tensor.dtype])) for group in groups]
-    if len(ordered) == 1:
-        return {"model.safetensors": ordered[0]}
-    return {f"model-{i:05d}-of-{len(ordered):05d}.safetensors": group for i, group in enumerate(ordered, 1)}
+    return dict(zip(_name_shards(len(ordered)), ordered, strict=True))
 
 
 def measure_shards(tensors: Sequence[PlannedTensor]) -> int:
@@ -86,6 +85,44 @@ def write_shards(
                     n_written += stream.write(piece)
                 if n_written != tensor.size_bytes:
                     raise ValueError(f"{tensor.name}: {n_written} bytes came, and it takes {tensor.size_bytes}")
+    _write_index(folder, shards)
+
+
+def save_tensors(
+    folder: Path, tensors: Iterable[tuple[PlannedTensor, Any]], most_bytes: int = MOST_HELD_BYTES
+) -> tuple[PlannedTensor, ...]:
+    """The tensors that came, each with its bytes, and lie in files of ``folder`` now, with their index.
+
+    For those whose sizes are known only when they are made: up to ``most_bytes`` of them are held.
+
+    Raises:
+        OSError: of the disk.
+        ValueError: a tensor's bytes are not as many as it takes.
+    """
+    groups: list[tuple[PlannedTensor, ...]] = []
+    held: dict[PlannedTensor, Any] = {}
+
+    def flush() -> None:
+        groups.append(tuple(sorted(held, key=lambda tensor: -DTYPE_BITS[tensor.dtype])))
+        write_shards(folder, {f"{len(groups)}.part": groups[-1]}, lambda tensor: [held.pop(tensor)])
+
+    for tensor, data in tensors:
+        if held and sum(known.size_bytes for known in held) + tensor.size_bytes > most_bytes:
+            flush()
+        held[tensor] = data
+    flush()
+    names = _name_shards(len(groups))
+    for number, name in enumerate(names, 1):
+        (folder / f"{number}.part").rename(folder / name)
+    _write_index(folder, dict(zip(names, groups, strict=True)))
+    return tuple(tensor for group in groups for tensor in group)
+
+
+def _name_shards(n: int) -> list[str]:
+    return ["model.safetensors"] if n == 1 else [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+
+
+def _write_index(folder: Path, shards: dict[str, tuple[PlannedTensor, ...]]) -> None:
     if len(shards) > 1:
         total = sum(tensor.size_bytes for tensors in shards.values() for tensor in tensors)
         weight_map = {tensor.name: name for name, tensors in shards.items() for tensor in tensors}
