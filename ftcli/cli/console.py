@@ -22,6 +22,7 @@ from ftcli.events import EvalDone, Event, Notice, OnEvent, Progress, Sampled, Sa
 if TYPE_CHECKING:
     from ftcli.gguf.adapter import ExportedAdapter
     from ftcli.gguf.export import Exported
+    from ftcli.jobs.compression import Compared
     from ftcli.jobs.environment import Environment
     from ftcli.jobs.safetensors import SafeExport
     from ftcli.jobs.summary import RunSummary
@@ -237,6 +238,16 @@ def show_quantized(made: Quantized, *, as_json: bool) -> None:
     """
     document, lines = made.to_json(), quantized.list_quantized(made)
     _show_artifact("quantize", document, lines, quantized.explain_failure(made), as_json=as_json)
+
+
+def show_compared(made: Compared, *, as_json: bool) -> None:
+    """Nothing; several forms of one model are on stdout, side by side.
+
+    Raises:
+        VerificationFailed: the one that was kept is not the model that it was made from.
+    """
+    lines = quantized.list_compared(made, measure_width())
+    _show_artifact("quantize", made.to_json(), lines, quantized.explain_kept(made), as_json=as_json)
 
 
 def show_adapter(made: ExportedAdapter, *, as_json: bool) -> None:

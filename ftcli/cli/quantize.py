@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,6 +51,18 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare",
+            metavar="LIST",
+            help="Make all of these, such as nf4,gptq,awq,q4_k_m, and show them side by side; --method keeps one.",
+        ),
+    ] = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option("--max-size", metavar="SIZE", help="With --compare: keep the best one of at most this size."),
+    ] = None,
     base: Base = None,
     output: Annotated[
         Path | None,
@@ -66,22 +78,33 @@ def quantize(
     verbose: Verbose = False,
 ) -> None:
     """Write weights in fewer bits for vLLM and transformers, and measure what that lost."""
-    if method is None:
-        raise UsageError("which method?", hint="--method gptq or awq for vLLM; nf4 or int8 for transformers")
+    options: dict[str, Any] = {"group_size": group_size, "tune": tune, "samples": samples, "seq_len": seq_len}
+    places: dict[str, Any] = {"calibration": calibration, "output": output, "data": data, "overwrite": overwrite}
+    made: Any
+    show: Any
     with console.reporting(quiet=quiet or json, verbose=verbose) as on_event:
-        from ftcli.quantize.method import build_spec
-        from ftcli.quantize.run import quantize as run_quantize
+        if compare is not None:
+            _check_alone({"--bits": bits is not None, "--base": base is not None, "--no-verify": no_verify})
+            from ftcli.jobs.compression import compare_forms, find_forms, read_size
 
-        spec = build_spec(method, bits=bits, group_size=group_size, tune=tune, samples=samples, seq_len=seq_len)
-        made = run_quantize(
-            target,
-            spec,
-            base=base,
-            calibration=calibration,
-            output=output,
-            data=data,
-            verifies=not no_verify,
-            overwrite=overwrite,
-            on_event=on_event,
-        )
-    console.show_quantized(made, as_json=json)
+            forms = find_forms(compare.split(","), options)
+            most_bytes = read_size(max_size) if max_size else None
+            made = compare_forms(target, forms, chosen=method, most_bytes=most_bytes, **places, on_event=on_event)
+            show = console.show_compared
+        else:
+            if method is None or max_size:
+                hint = "--method gptq or awq for vLLM; nf4 or int8 for transformers; --compare nf4,gptq shows several"
+                raise UsageError("--max-size is for --compare" if max_size else "which method?", hint=hint)
+            from ftcli.quantize.method import build_spec
+            from ftcli.quantize.run import quantize as run_quantize
+
+            spec = build_spec(method, bits=bits, **options)
+            made = run_quantize(target, spec, base=base, verifies=not no_verify, **places, on_event=on_event)
+            show = console.show_quantized
+    show(made, as_json=json)
+
+
+def _check_alone(given: dict[str, bool]) -> None:
+    """None if nothing is given that does not go with ``--compare``."""
+    for option in (option for option, is_given in given.items() if is_given):
+        raise UsageError("does not go with --compare", where=option, hint=f"leave {option} out")

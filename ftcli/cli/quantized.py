@@ -6,10 +6,14 @@ import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ftcli.cli.exported import explain_failure as explain_export
+from ftcli.cli.exported import list_export
 from ftcli.cli.outcome import format_bytes
+from ftcli.cli.scoreboard import list_scoreboard
 from ftcli.errors import VerificationFailed
 
 if TYPE_CHECKING:
+    from ftcli.jobs.compression import Compared
     from ftcli.quantize.verify import Verification
     from ftcli.quantize.work import Quantized
 
@@ -27,6 +31,29 @@ def list_quantized(made: Quantized) -> Iterator[str]:
     if made.is_usable:
         path = shlex.quote(made.output)
         yield from ("", "next:", f"  ftcli chat {path}", f"  vllm serve {path}")
+
+
+def list_compared(made: Compared, width: int) -> Iterator[str]:
+    """Yields the lines on several forms side by side, no more than ``width`` columns wide, and on the kept one."""
+    from ftcli.quantize.work import Quantized
+
+    yield from list_scoreboard(made.scoreboard, width)
+    yield ""
+    if made.made is None:
+        yield "none is kept: --method NAME keeps one, --max-size 5GB the best that is no larger"
+    elif isinstance(made.made, Quantized):
+        yield from list_quantized(made.made)
+    else:
+        yield from list_export(made.made)
+
+
+def explain_kept(made: Compared) -> VerificationFailed | None:
+    """The error of a kept form that is not its source any more; None for a good one, or none."""
+    from ftcli.quantize.work import Quantized
+
+    if isinstance(made.made, Quantized):
+        return explain_failure(made.made)
+    return explain_export(made.made.files) if made.made else None
 
 
 def _list_verification(found: Verification | None) -> Iterator[str]:
