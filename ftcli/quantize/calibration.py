@@ -20,7 +20,7 @@ from ftcli.errors import ContentError, UsageError
 from ftcli.evaluate.sample import load_file_set, load_run_split
 from ftcli.evaluate.target import Target
 from ftcli.events import Notice, OnEvent
-from ftcli.quantize.method import Spec
+from ftcli.quantize.method import DEFAULT_SEQ_LEN, Spec
 from ftcli.recipe import load_recipe
 
 _SEED = 0
@@ -51,12 +51,13 @@ def load_calibration(target: Target, source: str | None, spec: Spec, on_event: O
         ContentError: rows that cannot be read, or more tokens a window than the model can look at.
     """
     context = read_limits(target.files).context
-    if context is not None and spec.seq_len > context:
-        what = f"windows of {spec.seq_len} tokens do not fit the context of {context}"
+    length = spec.seq_len or min(DEFAULT_SEQ_LEN, context or DEFAULT_SEQ_LEN)
+    if context is not None and length > context:
+        what = f"windows of {length} tokens do not fit the context of {context}"
         raise UsageError(what, where=target.name, hint=f"set --seq-len to at most {context}")
     documents, name = _load_documents(target, source)
-    found = cut_windows(documents, name, spec.samples, spec.seq_len)
-    if found.windows.numel() < min(_FEW_TOKENS, spec.samples * spec.seq_len):
+    found = cut_windows(documents, name, spec.samples, length)
+    if found.windows.numel() < min(_FEW_TOKENS, spec.samples * length):
         n = found.windows.numel()
         on_event(Notice(f"rounding is fitted to {n:,} tokens only: name more rows with --calibration FILE"))
     return found

@@ -56,7 +56,8 @@ _SHARES, _FLOORS = {2: 0.8, 4: 0.15, 8: 0.02}, {2: 0.5, 4: 0.1, 8: 0.02}
 @dataclass(frozen=True)
 class Spec:
     """What is asked for: ``group_size`` None is the largest usual one that fits, ``tune`` the steps of rounding that is
-    learned, 0 for none. ``samples`` windows of ``seq_len`` tokens are what rounding is fitted to.
+    learned, 0 for none. ``samples`` windows of ``seq_len`` tokens are what rounding is fitted to, None is as long as is
+    usual and the model can look at.
     """
 
     method: Method
@@ -64,7 +65,7 @@ class Spec:
     group_size: int | None = None
     tune: int = 0
     samples: int = DEFAULT_SAMPLES
-    seq_len: int = DEFAULT_SEQ_LEN
+    seq_len: int | None = None
 
     @property
     def title(self) -> str:
@@ -108,7 +109,7 @@ def build_spec(
         read_group_size(group_size),
         method.tune if tune is None else tune,
         samples or DEFAULT_SAMPLES,
-        seq_len or DEFAULT_SEQ_LEN,
+        seq_len,
     )
 
 

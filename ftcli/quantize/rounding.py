@@ -4,8 +4,8 @@ gptq is its rounding (to the nearest, with scales chosen by how large activation
 SignRound, arXiv 2309.05516) in GPTQ's layout; awq scales channels first (arXiv 2306.00978), in AutoAWQ's layout.
 
 What its caller must not leave to it: rows (it would fetch a set of the Hub's, and drops those shorter than asked for),
-the padding token (whose id it leaves out of what it fits, though a chat ends with it), the group size (it dies half
-way), ``sys.exit`` for an error.
+the padding token (whose id it leaves out of what it fits, though a chat ends with it), the model's name (which it
+looks up at the Hub), the group size (it dies half way), ``sys.exit`` for an error.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def round_weights(
         if spec.method.name == "awq":
             options["alg_configs"] = ["awq", "signround"] if spec.tune else "awq"
         rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in windows]
+        _name_model(model, folder)
         counts = _count_blocks(model, on_event)
         try:
             rounder = AutoRound(
@@ -111,6 +112,13 @@ def _count_blocks(model: Any, on_event: OnEvent) -> Callable[[], None]:
             hook.remove()
 
     return end
+
+
+def _name_model(model: Any, folder: Path) -> None:
+    """Nothing; the model is said to come from an empty folder: auto-round looks up other names at the Hub."""
+    empty = folder.resolve() / "model"
+    empty.mkdir(parents=True)
+    model.config._name_or_path = model.name_or_path = str(empty)
 
 
 def _without_padding(tokenizer: Any) -> Any:
