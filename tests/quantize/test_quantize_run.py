@@ -1,0 +1,345 @@
+"""``ftcli quantize``: folders that are measured, what is told of them, and what is refused or left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from ftcli.cli.app import app
+from ftcli.evaluate.subject import open_subject
+from ftcli.events import Event, Progress
+from ftcli.jobs import compression
+from ftcli.merge.run import merge
+from ftcli.quantize import rounding, work
+from ftcli.quantize.method import build_spec
+from ftcli.quantize.run import quantize
+from ftcli.store.run import RunFolder
+from ftcli.train.run import train
+
+FITTED = ("--samples", "4", "--seq-len", "64", "--tune", "0")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> RunFolder:
+    """A finished run that held some rows out, trained once; no test writes into it."""
+    folder = tmp_path_factory.mktemp("trained")
+    for name, n in (("train.jsonl", 12), ("held_out.jsonl", 4)):
+        turns = [("user", "question {}"), ("assistant", "answer {}")]
+        rows = [[{"role": role, "content": text.format(i * 7 % 10)} for role, text in turns] for i in range(n)]
+        (folder / name).write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    recipe = {
+        "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
+        "peft": {"r": 4, "lora_alpha": 8},
+        "datasets": [{"path": "train.jsonl"}],
+        "eval": {"datasets": [{"path": "held_out.jsonl"}], "score": "exact_match", "max_new_tokens": 8},
+        "data": {"max_length": 128, "packing": False},
+        "train": {"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4},
+        "output_dir": str(folder / "run"),
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    train(folder / "recipe.yaml")
+    return RunFolder(folder / "run")
+
+
+@pytest.fixture
+def run(trained: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A copy of that run at ``run`` in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return RunFolder(shutil.copytree(trained.path, tmp_path / "run"))
+
+
+def invoke(*words: str) -> Any:
+    return CliRunner().invoke(app, ["quantize", *words])
+
+
+def list_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "nf4", "int8"])
+def test_a_run_is_quantised_measured_and_told(method: str, run: RunFolder) -> None:
+    """No rows are named: rounding is fitted to the run's training data, and the result is held out rows away."""
+    options = FITTED if method in ("gptq", "awq") else ()
+    result = invoke("run", "--method", method, *options, "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    folder = run.path / f"quantized-{method}"
+    assert (document["command"], document["source"], document["output"]) == ("quantize", "run", f"run/{folder.name}")
+    assert document["bytes"] == (folder / "model.safetensors").stat().st_size
+    assert document["layers"] == 14
+    found = document["verify"]
+    assert found["passed"] is True
+    assert 0 <= found["kl"] < found["most_kl"]
+    assert found["worst"]
+    assert (document["calibration"] is None) == (method in ("nf4", "int8"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["command"] == "quantize"
+    assert manifest["method"] == method
+    assert manifest["template_sha256"] == json.loads((run.path / "manifest.json").read_text())["template_sha256"]
+    assert manifest["files"].keys() == set(list_names(folder)) - {"manifest.json"}
+    assert json.loads((run.path / "manifest.json").read_text())["verify"][folder.name]["passed"] is True
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    card = (folder / "README.md").read_text()
+    assert "fine-tuned with ftcli" in card
+    assert "pip install" in card
+    assert not [name for name in list_names(run.path) if name.startswith(".")]
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize(("method", "keys"), [
+    ("gptq", {"bits": 4, "group_size": 64, "sym": True, "desc_act": False, "checkpoint_format": "gptq"}),
+    ("awq", {"bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}),
+])  # fmt: skip
+def test_config_has_the_documented_keys(method: str, keys: dict[str, Any], run: RunFolder) -> None:
+    """Those that transformers' own classes read, and vLLM's: bits, group_size, desc_act and sym, or zero_point."""
+    from transformers import AwqConfig, GPTQConfig
+
+    quantize("run", build_spec(method, samples=2, seq_len=64, tune=0), verifies=False)
+    config = json.loads((run.path / f"quantized-{method}" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == method
+    assert {key: config[key] for key in keys} == keys
+    parsed = {"gptq": GPTQConfig, "awq": AwqConfig}[method].from_dict(dict(config))
+    assert parsed.bits == 4
+    assert parsed.group_size == 64
+
+
+def test_a_merged_run_gives_what_the_run_gives(run: RunFolder, tmp_path: Path) -> None:
+    """Merged on the fly or from its folder: the same bytes."""
+    merge("run", dtype="bfloat16")
+    quantize("run", build_spec("nf4"), verifies=False)
+    quantize("run/merged", build_spec("nf4"), output=tmp_path / "from-merged", verifies=False)
+    first, second = (
+        load_file(path / "model.safetensors") for path in (run.path / "quantized-nf4", tmp_path / "from-merged")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], value) for name, value in second.items())
+
+
+def test_learned_rounding_and_repeats(run: RunFolder, tmp_path: Path) -> None:
+    """Two runs give the same bytes; steps of learning give others."""
+    for name, tune in (("a", 0), ("b", 0), ("c", 2)):
+        spec = build_spec("gptq", samples=4, seq_len=64, tune=tune)
+        quantize("run", spec, output=tmp_path / name, verifies=False)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
+    assert files[0] == files[1]
+    assert files[0] != files[2]
+
+
+def test_a_result_that_is_broken_is_exit_8_and_says_so(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swap(folder: Path, tensors: Any) -> None:
+        """Scales of one layer are a hundred times too large."""
+        parts = {}
+        for tensor, data in tensors:
+            value = torch.frombuffer(bytearray(data), dtype=torch.float32) if "nested_absmax" in tensor.name else None
+            if value is not None and "layers.1.mlp.down_proj" in tensor.name:
+                data = (value * 100).view(torch.uint8).numpy()
+            parts[tensor] = data
+        saved(folder, parts.items())
+
+    saved = work.save_tensors
+    monkeypatch.setattr(work, "save_tensors", swap)
+    result = invoke("run", "--method", "nf4", "--json")
+    assert result.exit_code == 8, result.output
+    document = json.loads(result.stdout)
+    assert document["verify"]["passed"] is False
+    assert document["verify"]["worst"][0]["name"] == "model.layers.1"
+    assert document["error"]["exit"] == 8
+    manifest = json.loads((run.path / "quantized-nf4" / "manifest.json").read_text())
+    assert manifest["verify"]["passed"] is False
+    assert "**Failed**" in (run.path / "quantized-nf4" / "README.md").read_text()
+
+
+def test_a_tensor_that_is_missing_is_found(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = work.save_tensors
+    monkeypatch.setattr(
+        work, "save_tensors", lambda folder, tensors: saved(folder, (t for t in tensors if "up_proj" not in t[0].name))
+    )
+    result = invoke("run", "--method", "int8")
+    assert result.exit_code == 8
+    assert "up_proj" in result.output
+
+
+@pytest.mark.parametrize("method", ["gptq", "nf4"])
+def test_ctrl_c_leaves_nothing(method: str, run: RunFolder) -> None:
+    before = list_names(run.path)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Progress) and event.stage == "quantize":
+            raise KeyboardInterrupt
+
+    options = {"samples": 2, "seq_len": 64, "tune": 0} if method == "gptq" else {}
+    with pytest.raises(KeyboardInterrupt):
+        quantize("run", build_spec(method, **options), on_event=stop)
+    assert list_names(run.path) == before
+
+
+def test_what_auto_round_says_when_it_gives_up(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even by ``sys.exit``, which is not the user's exit code."""
+    import auto_round
+
+    def give_up(*_: Any, **__: Any) -> None:
+        raise SystemExit(-1)
+
+    monkeypatch.setattr(auto_round, "AutoRound", give_up)
+    result = invoke("run", "--method", "gptq", *FITTED)
+    assert result.exit_code == 3
+    assert "auto-round gave up" in result.output
+    assert not (run.path / "quantized-gptq").exists()
+
+
+def test_an_output_that_exists_stays_unless_it_is_ours(run: RunFolder) -> None:
+    assert invoke("run", "--method", "nf4", "--no-verify").exit_code == 0
+    result = invoke("run", "--method", "nf4", "--no-verify")
+    assert result.exit_code == 2
+    assert "--overwrite" in result.output
+    assert invoke("run", "--method", "nf4", "--no-verify", "--overwrite").exit_code == 0
+    other = run.path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    assert invoke("run", "--method", "nf4", "-o", str(other), "--overwrite").exit_code == 2
+    assert (other / "thesis.txt").read_text() == "mine"
+
+
+def test_what_is_quantised_already_is_refused(run: RunFolder) -> None:
+    quantize("run", build_spec("nf4"), verifies=False)
+    result = invoke("run/quantized-nf4", "--method", "int8")
+    assert result.exit_code == 3
+    assert "is quantised already (bitsandbytes)" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (("run",), 2, "which method?"),
+        (("run", "--method", "gguf"), 2, "there is no such method"),
+        (("run", "--method", "nf4", "--calibration", "rows.jsonl"), 2, "is fitted to no rows"),
+        (("run", "--method", "gptq", "--calibration", "none.jsonl"), 2, "none.jsonl"),
+        (("run", "--method", "gptq", "--group-size", "128"), 3, "--group-size 64"),
+        (("run", "--method", "nf4", "--max-size", "1GB"), 2, "--max-size is for --compare"),
+        (("run", "--compare", "nf4,zip"), 2, "is neither a method nor a type"),
+        (("run", "--compare", ","), 2, "nothing is named"),
+        (("run", "--compare", "nf4", "--max-size", "small"), 2, "is no size"),
+        (("run", "--compare", "nf4", "--method", "awq"), 2, "is not among those"),
+        (("run", "--compare", "nf4", "--max-size", "1kB"), 2, "none is as small"),
+        (("run", "--compare", "nf4", "--bits", "4"), 2, "does not go with --compare"),
+        (("nothing/here", "--method", "nf4"), 4, "nothing/here"),
+    ],
+)
+def test_nonsense_is_one_clear_error(words: tuple[str, ...], code: int, text: str, run: RunFolder) -> None:
+    before = list_names(run.path)
+    result = invoke(*words)
+    assert result.exit_code == code, result.output
+    assert text in result.output
+    assert "Traceback" not in result.output
+    assert list_names(run.path) == before
+
+
+def test_a_gguf_file_is_sent_elsewhere(run: RunFolder) -> None:
+    from ftcli.gguf.export import export
+
+    made = export("run", kinds=["f16"], verifies=False)
+    result = invoke(str(made.files[0].path), "--method", "nf4")
+    assert result.exit_code == 2
+    assert "ftcli export" in result.output
+
+
+def test_a_model_alone_is_measured_on_what_it_is_fitted_to(tiny_model: Path, write_rows: Any, tmp_path: Path) -> None:
+    rows = str(write_rows())
+    out = tmp_path / "out"
+    result = invoke(str(tiny_model), "--method", "awq", "--calibration", rows, *FITTED, "-o", str(out))
+    assert result.exit_code == 0, result.output
+    assert "compared on the rows that rounding is fitted to" in result.output
+    assert json.loads((out / "manifest.json").read_text())["verify"]["n_tokens"] > 0
+    assert "fine-tuned" not in (out / "README.md").read_text()
+
+
+def test_the_lack_of_memory_is_told_before_work(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages: list[str] = []
+    monkeypatch.setattr(work, "explain_lack", lambda n, dtype: "it takes 99.0 GB in memory, and 1.0 are free")
+    result = invoke("run", "--method", "gptq", *FITTED)
+    assert result.exit_code == 7
+    assert "99.0 GB" in result.output
+    assert "--samples" in result.output
+    assert "quantize" not in stages
+
+
+def test_a_quantised_folder_answers(run: RunFolder) -> None:
+    """`ftcli chat` and `ftcli eval` take it as they take any model."""
+    quantize("run", build_spec("gptq", samples=4, seq_len=64, tune=0), verifies=False)
+    subject = open_subject("run/quantized-gptq")
+    assert subject.renderer.template is not None
+    result = CliRunner().invoke(app, ["eval", "run", "run/quantized-gptq", "--json"])
+    assert result.exit_code == 0, result.output
+    targets = json.loads(result.stdout)["targets"]
+    assert targets[1]["kl"] < 0.1
+
+
+def test_forms_side_by_side_and_the_best_that_fits_is_kept(run: RunFolder) -> None:
+    words = ("--compare", "nf4,int8,gptq,awq,q8_0,q4_k_m", "--max-size", "150kB")
+    result = invoke("run", *words, *FITTED, "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    names = [entry["target"] for entry in document["targets"]]
+    assert names == ["run", "nf4", "int8", "gptq", "awq", "q8_0", "q4_k_m"]
+    assert all(
+        entry["kl"] is not None and entry["score"]["metric"] == "exact_match" for entry in document["targets"][1:]
+    )
+    fitting = [entry for entry in document["targets"][1:] if entry["bytes"] <= 150_000]
+    assert 0 < len(fitting) < 6
+    best = min(fitting, key=lambda entry: entry["kl"])["target"]
+    assert document["kept"] == best
+    assert Path(document["output"]).exists()
+    assert document["verify"]["passed"] is True
+    made = [path for path in list_names(run.path) if path.startswith("quantized") or path == "gguf"]
+    assert len(made) == 1
+    assert not [name for name in list_names(run.path) if name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("nf4", "quantized-nf4/model.safetensors"), ("q8_0", "gguf/run-Q8_0.gguf")]
+)
+def test_the_one_that_is_named_is_kept(name: str, place: str, run: RunFolder) -> None:
+    result = invoke("run", "--compare", "nf4,q8_0", "--method", name)
+    assert result.exit_code == 0, result.output
+    assert (run.path / place).is_file()
+    assert str(place).split("/")[0] in result.output
+    other = invoke("run", "--compare", "nf4,q8_0", "--method", name)
+    assert other.exit_code == 2
+
+
+def test_none_is_kept_where_none_is_asked_for(run: RunFolder) -> None:
+    before = list_names(run.path)
+    result = invoke("run", "--compare", "nf4,q8_0")
+    assert result.exit_code == 0, result.output
+    assert "none is kept" in result.output
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert list_names(run.path) == before
+
+
+def test_sizes() -> None:
+    assert compression.read_size("5GB") == 5_000_000_000
+    assert compression.read_size("1.5 GiB") == 3 << 29
+    assert compression.read_size("800M") == 800_000_000
+
+
+def test_the_library_is_not_imported_for_what_does_not_need_it() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, ftcli.quantize.run, ftcli.jobs.compression; print('auto_round' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_padding_that_ends_a_turn_is_fitted_to_as_well(tiny_tokenizer: Any) -> None:
+    changed = rounding._without_padding(tiny_tokenizer)
+    assert changed.pad_token_id is None
+    assert tiny_tokenizer.pad_token_id is not None
