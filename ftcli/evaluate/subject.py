@@ -24,6 +24,7 @@ from ftcli.evaluate.target import Target, find_base, find_target
 from ftcli.events import Notice, OnEvent, ignore_event
 from ftcli.model.base import check_gguf, choose_device, choose_dtype, count_embedding_rows, load_model
 from ftcli.model.build import load_adapter
+from ftcli.model.quantization import read_packing
 from ftcli.recipe import ModelSection
 from ftcli.store.gguf_header import check_gguf_data, read_gguf_header
 from ftcli.store.target import ModelFiles
@@ -131,7 +132,8 @@ def open_target(
     """The model of ``target``, in memory.
 
     An adapter's base is always at hand; for a run of full fine-tuning ``with_base`` says whether it is loaded beside
-    it. A GGUF file is run by llama.cpp where that is installed; else its dequantised weights are, with a notice.
+    it. A GGUF file is run by llama.cpp where that is installed; else its dequantised weights are, with a notice; so
+    are those of a GPTQ or AWQ folder.
 
     Args:
         target: as it was found.
@@ -143,6 +145,9 @@ def open_target(
         ContentError: damaged files, or an adapter and a base that do not fit each other.
         MemoryExhausted: it does not fit.
     """
+    packing = read_packing(target.files)
+    if packing and packing.is_unpacked_here:
+        on_event(Notice(f"{target.files.reference} ({packing.title}) is dequantised to run here"))
     if target.adapter:
         return open_adapter(target, target.load_renderer())
     if target.files.gguf_path:

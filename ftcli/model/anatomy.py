@@ -28,6 +28,7 @@ from ftcli.model.layout import (
     translate_gguf_name,
 )
 from ftcli.model.precision import Ratios, shares_values, weigh, weigh_gguf
+from ftcli.model.quantization import list_unpacked, parse_packing
 from ftcli.store.tensor import TensorEntry
 
 PARTS = ("embedding", "position", "attention", "ffn", "norm", "head", "other")
@@ -135,8 +136,10 @@ def describe_model(
     """
     planned = plan_tensors(dimensions)
     findings = list_config_findings(config or {})
-    is_packed = bool((config or {}).get("quantization_config")) and not is_gguf
-    if entries and not (is_packed and planned):
+    packed = (config or {}).get("quantization_config") if not is_gguf else None
+    if packed and entries and not planned:
+        entries = _restore_entries(entries, packed)
+    if entries and not (packed and planned):
         tensors = _place_entries(entries, dimensions, planned, is_gguf=is_gguf)
         findings += compare_tensors(tensors, planned, dimensions, is_gguf=is_gguf)
         if dimensions.is_tied:
@@ -157,6 +160,15 @@ def describe_model(
         layers=_list_layers(tensors, dimensions),
         findings=tuple(findings),
     )
+
+
+def _restore_entries(entries: Sequence[TensorEntry], section: Any) -> Sequence[TensorEntry]:
+    """The weights that packed ones stand for; the entries as they are where that is not known."""
+    try:
+        packing = parse_packing(section, "")
+    except ContentError:
+        return entries
+    return list_unpacked(entries, packing) if packing else entries
 
 
 def _place_entries(
@@ -228,7 +240,7 @@ def list_config_findings(config: Mapping[str, Any]) -> list[ModelFinding]:
             ModelFinding(
                 "quantized",
                 f"the weights on disk are quantised already ({str(method)[:40]})",
-                "parameters are counted from the config; fine-tune the original 16-bit model instead",
+                "parameters are counted as those that they stand for; fine-tune the original 16-bit model instead",
             )
         )
     return findings

@@ -1,19 +1,20 @@
-"""The base model in memory: 16-bit, 32-bit or NF4, from a transformers folder or a GGUF file.
+"""The base model in memory: 16-bit, 32-bit or packed by bitsandbytes, from a transformers folder or a GGUF file.
 
-Every base takes one of two ways through transformers' own loader, and is then checked: no weight may be
-missing, left over or of another shape, and only ``Linear4bit`` modules are ever 4-bit.
+Every base takes one of two ways through transformers' own loader, or is unpacked here (GPTQ, AWQ), and is then
+checked: no weight may be missing, left over or of another shape, and only ``Linear4bit`` modules are ever 4-bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from ftcli.errors import ContentError, FtcliError, UsageError, is_memory_error
+from ftcli.model.packed import build_empty, check_bitsandbytes, fill_model, plan_packed
+from ftcli.model.quantization import Packing, build_quantization, read_packing, refuse_twice
 from ftcli.recipe import ModelSection, QuantizationSection
 from ftcli.store.gguf_header import read_gguf_header
 from ftcli.store.target import ModelFiles
@@ -95,19 +96,29 @@ def load_model(
 ) -> Any:
     """The base model with its weights, on ``device``, in ``dtype`` (or NF4 with all else in ``dtype``).
 
+    What a folder holds in GPTQ or AWQ is dequantised; what bitsandbytes packed stays so.
+
     Raises:
-        ContentError: weights are missing, left over, of another shape, or not finite.
+        ContentError: weights are missing, left over, of another shape, or not finite; packed in a way that is not
+            known; or packed already where ``quantization`` asks for it.
         UsageError: the attention implementation is not available.
     """
+    packing = read_packing(files)
+    if packing and quantization:
+        raise refuse_twice(packing, files.reference)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code}
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation
     try:
         if files.gguf_file:
             loaded, info = _load_gguf(files, options, device, quantization)
+        elif packing and packing.is_unpacked_here:
+            loaded, info = _load_packed(files, options, device, packing)
         else:
-            loaded, info = _load_folder(files, options, device, quantization)
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError, SafetensorError) as error:
+            loaded, info = _load_folder(files, options, device, quantization, packing)
+    except FtcliError:
+        raise
+    except Exception as error:  # whatever files of nonsense make of transformers' and bitsandbytes' code
         if is_memory_error(error):
             raise
         raise _explain_load_error(error, files) from error
@@ -118,7 +129,10 @@ def load_model(
             # gradients afterwards are silently wrong, and what is saved then too
             module.support_avx512bf16_for_cpu = False
     loaded.config.use_cache = False
-    return loaded.to(device) if quantization is None else loaded
+    if quantization or (packing and not packing.is_unpacked_here):  # lies there; transformers would not have it moved
+        check_bitsandbytes(loaded, files)
+        return loaded
+    return loaded.to(device)
 
 
 def count_embedding_rows(model: Any) -> int:
@@ -126,16 +140,35 @@ def count_embedding_rows(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
+def _load_packed(
+    files: ModelFiles, options: dict[str, Any], device: torch.device, packing: Packing
+) -> tuple[Any, dict[str, Any]]:
+    """An ordinary model, of the same config without its packing, with what the packed weights stand for."""
+    from transformers import AutoConfig
+
+    trust = options["trust_remote_code"]
+    config = AutoConfig.from_pretrained(str(files.folder), trust_remote_code=trust, local_files_only=True)
+    del config.quantization_config
+    loaded = build_empty(files.folder, config, options)
+    plan = plan_packed(files, packing, loaded)
+    _check_loading(files, loaded, plan.info)
+    fill_model(loaded, plan, device)
+    return loaded, {}
+
+
 def _load_folder(
-    files: ModelFiles, options: dict[str, Any], device: torch.device, quantization: QuantizationSection | None
+    files: ModelFiles,
+    options: dict[str, Any],
+    device: torch.device,
+    quantization: QuantizationSection | None,
+    packing: Packing | None,
 ) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
     if quantization:
-        options |= {
-            "quantization_config": build_quantization(quantization, options["dtype"]),
-            "device_map": {"": device},
-        }
+        options["quantization_config"] = build_quantization(quantization, options["dtype"])
+    if quantization or packing:
+        options["device_map"] = {"": device}
     loaded, info = AutoModelForCausalLM.from_pretrained(
         str(files.folder), local_files_only=True, output_loading_info=True, **options
     )
@@ -193,18 +226,6 @@ def _shorten_float(value: Any) -> Any:
     return {k: _shorten_float(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def build_quantization(quantization: QuantizationSection, dtype: torch.dtype) -> Any:
-    """transformers' ``BitsAndBytesConfig`` for the recipe's section; computation is in ``dtype``."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
 def check_gguf(files: ModelFiles) -> None:
     """Nothing; a GGUF file comes back as the transformers model that it was made from.
 
@@ -239,12 +260,14 @@ def _check_experts(config: Any, files: ModelFiles) -> None:
             )
 
 
-def _check_loading(files: ModelFiles, model: Any, info: dict[str, Any]) -> None:
+def _check_loading(files: ModelFiles, model: Any, info: Mapping[str, Any]) -> None:
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     missing = sorted(set(info.get("missing_keys", ())) - tied)
     unexpected = sorted(key for key in info.get("unexpected_keys", ()) if "rotary_emb.inv_freq" not in key)
     mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
-    for kind, keys in (("missing", missing), ("left over", unexpected), ("of another shape", mismatched)):
+    mistyped = sorted(info.get("mistyped_keys", ()))
+    kinds = {"missing": missing, "left over": unexpected, "of another shape": mismatched, "of another type": mistyped}
+    for kind, keys in kinds.items():
         if keys:
             shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise ContentError(

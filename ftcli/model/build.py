@@ -19,6 +19,7 @@ from torch import nn
 
 from ftcli.errors import ContentError, UsageError, is_memory_error
 from ftcli.model.base import build_skeleton, count_embedding_rows, load_model
+from ftcli.model.quantization import check_trainable, parse_packing
 from ftcli.model.target import Targets, list_modules, plan_targets
 from ftcli.recipe import PeftSection, Recipe
 from ftcli.store.target import ModelFiles, path_exists, suggest_path
@@ -114,7 +115,15 @@ def enable_checkpointing(model: Any) -> None:
 
 
 def check_names(recipe: Recipe, skeleton: Any) -> Targets | None:
-    """The modules that LoRA goes on, checked on the model without its weights; None for full fine-tuning."""
+    """The modules that LoRA goes on, checked on the model without its weights; None for full fine-tuning.
+
+    Raises:
+        UsageError: names or lengths that the model has not.
+        ContentError: its weights are packed so that they cannot be trained from.
+    """
+    reference = recipe.model.name_or_path
+    packing = parse_packing(getattr(skeleton.config, "quantization_config", None), reference)
+    check_trainable(packing, reference, is_full=recipe.peft is None, is_4bit=recipe.is_4bit)
     context = getattr(skeleton.config, "max_position_embeddings", None)
     if context and recipe.data.max_length > context:
         raise UsageError(

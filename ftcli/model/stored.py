@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from ftcli.errors import ContentError
-from ftcli.model.base import build_quantization
 from ftcli.model.layout import GGUF_NORMS, complete_name, translate_gguf_name
 from ftcli.model.lora import read_array
+from ftcli.model.quantization import build_quantization
 from ftcli.recipe import QuantizationSection
 from ftcli.store.target import ModelFiles
 from ftcli.store.tensor import TensorEntry, open_weights
@@ -153,19 +153,16 @@ def open_stored(files: ModelFiles, skeleton: nn.Module) -> StoredWeights:
         if name in entries:
             problems.append(f"{entry.name} and {entries[name].name} are both {name}")
         entries[name] = entry
-    ignored = [re.compile(p) for p in getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    head_name = find_name(skeleton, "output")
-    tied = {head_name} if is_tied(skeleton) else set()
-    extra = [n for n in entries.keys() - wanted.keys() - tied if not _is_ignorable(n, ignored)]
     problems += _describe("no file holds", sorted(wanted.keys() - entries.keys()))
-    problems += _describe("the model has no", sorted(extra))
+    problems += _describe("the model has no", list_left_over(skeleton, entries, wanted))
     for name in sorted(wanted.keys() & entries.keys()):
         if entries[name].shape != wanted[name]:
             problems.append(f"{name} is {entries[name].shape}, and the config says {wanted[name]}")
         if not files.gguf_file and entries[name].dtype not in ("F64", "F32", "F16", "BF16"):
             problems.append(f"{name} is {entries[name].dtype}: these weights are packed already")
-    if not problems and not files.gguf_file and tied & entries.keys():
-        problems += _compare_head(StoredWeights(files, entries), head_name, find_name(skeleton, "input"))
+    head = find_name(skeleton, "output")
+    if not problems and not files.gguf_file and is_tied(skeleton) and head in entries:
+        problems += compare_head(StoredWeights(files, entries), head, find_name(skeleton, "input"))
     if problems:
         raise ContentError(
             f"{len(problems)} things are wrong with the base: {problems[0]}",
@@ -179,7 +176,14 @@ def open_stored(files: ModelFiles, skeleton: nn.Module) -> StoredWeights:
     return StoredWeights(files, {name: entries[name] for name in wanted}, heads)
 
 
-def _compare_head(stored: StoredWeights, head: str, embedding: str) -> list[str]:
+def list_left_over(model: Any, names: Iterable[str], wanted: Iterable[str]) -> list[str]:
+    """Those of ``names`` that the model has no use for: not wanted, no tied head, nothing that its family drops."""
+    tied = {find_name(model, "output")} if is_tied(model) else set()
+    ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    return sorted(name for name in set(names) - set(wanted) - tied if not _is_ignorable(name, ignored))
+
+
+def compare_head(stored: StoredWeights, head: str, embedding: str) -> list[str]:
     """What is wrong if the file holds a head that is not the embedding, to which the config ties it."""
     shape = stored.entries[head].shape
     reads = partial(stored.read_rows, head), partial(stored.read_rows, embedding)

@@ -25,6 +25,7 @@ from ftcli.evaluate.generate import check_context, find_context, find_unfit, has
 from ftcli.events import Notice, OnEvent, Progress, Stage, ignore_event
 from ftcli.model.base import build_skeleton, choose_device, count_embedding_rows
 from ftcli.model.build import check_names, find_adapter
+from ftcli.model.quantization import read_packing
 from ftcli.recipe import EvalSection, LoadedRecipe, Recipe
 from ftcli.store.run import RunFolder, read_manifest
 from ftcli.store.target import ModelFiles, find_model, fingerprint_model
@@ -92,6 +93,8 @@ def prepare_run(
     files = find_model(recipe.model.name_or_path, revision=revision or recipe.model.revision)
     skeleton = build_skeleton(files, recipe.model)
     check_names(recipe, skeleton)
+    if packing := read_packing(files):
+        on_event(Notice(f"the base is packed already ({packing.title}): its adapter can be run, and not be merged"))
     tokenizer = load_tokenizer(
         files,
         chat_template=recipe.tokenizer.chat_template,
