@@ -21,12 +21,22 @@ from torch import nn
 from ftcli.errors import ContentError
 from ftcli.model.layout import complete_name
 from ftcli.model.quantization import Packing
-from ftcli.model.stored import StoredWeights, compare_head, find_name, is_finite, is_tied, list_left_over, list_weights
+from ftcli.model.stored import (
+    ReadRows,
+    StoredWeights,
+    compare_head,
+    find_name,
+    is_finite,
+    is_tied,
+    list_left_over,
+    list_weights,
+)
 from ftcli.store.target import ModelFiles
 from ftcli.store.tensor import TensorEntry
 from ftcli.store.weight import read_weight_table
 
 _WORD_BITS = 32
+_BLOCK_ROWS = 128  # inputs; a multiple of what a word holds
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output that lies in the first four bits, in the next …
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _PARTS = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16", "F32"), "g_idx": ("I32", "I64")}
@@ -69,14 +79,19 @@ def unpack_gptq(
         adds_one: whether zeros are stored less 1 (v1, not ``gptq_v2``).
         dtype: of what comes back.
     """
-    n_inputs, n_outputs = len(groups), scales.shape[1]
+    n_outputs = scales.shape[1]
     mask = (1 << bits) - 1
     shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32, device=qweight.device)
-    codes = ((qweight[:, None, :] >> shifts[:, None]) & mask).flatten(0, 1)[:n_inputs]
+    per_word = _WORD_BITS // bits
+
+    def read_codes(start: int, stop: int) -> torch.Tensor:
+        words = qweight[start // per_word : -(-stop // per_word), None]
+        return ((words >> shifts[:, None]) & mask).flatten(0, 1)[: stop - start]
+
     zeros = ((qzeros[:, :, None] >> shifts) & mask).flatten(1)[:, :n_outputs]
     if adds_one:
         zeros = (zeros + 1) & mask  # a zero of 0 was stored as all ones
-    return _scale(codes, zeros, scales, groups, dtype)
+    return _scale(read_codes, zeros, scales, groups, dtype)
 
 
 def unpack_awq(
@@ -99,18 +114,24 @@ def unpack_awq(
     n_outputs = scales.shape[1]
     places = [4 * _AWQ_ORDER.index(output) for output in range(len(_AWQ_ORDER))]
     shifts = torch.tensor(places, dtype=torch.int32, device=qweight.device)
-    codes = ((qweight[:, :, None] >> shifts) & 15).flatten(1)[:, :n_outputs]
-    zeros = ((qzeros[:, :, None] >> shifts) & 15).flatten(1)[:, :n_outputs]
-    return _scale(codes, zeros, scales, groups, dtype)
+
+    def unfold(words: torch.Tensor) -> torch.Tensor:
+        return ((words[:, :, None] >> shifts) & 15).flatten(1)[:, :n_outputs]
+
+    return _scale(lambda start, stop: unfold(qweight[start:stop]), unfold(qzeros), scales, groups, dtype)
 
 
 def _scale(
-    codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, groups: torch.Tensor, dtype: torch.dtype
+    read_codes: ReadRows, zeros: torch.Tensor, scales: torch.Tensor, groups: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """(in, out) codes → the weight (out, in)."""
-    groups = groups.long()
-    weight = (codes - zeros[groups]).float() * scales.float()[groups]
-    return weight.to(dtype).T.contiguous()
+    """Codes (in, out), of which a block at a time is unpacked → the weight (out, in)."""
+    weight = torch.empty((scales.shape[1], len(groups)), dtype=dtype, device=scales.device)
+    groups, scales = groups.long(), scales.float()
+    for start in range(0, len(groups), _BLOCK_ROWS):
+        block = groups[start : start + _BLOCK_ROWS]
+        codes = read_codes(start, start + len(block))
+        weight[:, start : start + len(block)] = ((codes - zeros[block]) * scales[block]).T
+    return weight
 
 
 def build_empty(folder: Path, config: Any, options: Mapping[str, Any]) -> Any:

@@ -59,7 +59,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_toke
 
 
 @pytest.mark.parametrize("adds_one", [True, False])
-@pytest.mark.parametrize(("n_outputs", "n_inputs", "group_size"), [(32, 64, 16), (40, 72, -1), (24, 80, 32)])
+@pytest.mark.parametrize(("n_outputs", "n_inputs", "group_size"), [(32, 64, 16), (40, 72, -1), (24, 304, 32)])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_gptq_is_what_the_layout_says(
     bits: int, n_outputs: int, n_inputs: int, group_size: int, adds_one: bool
@@ -73,7 +73,7 @@ def test_gptq_is_what_the_layout_says(
     assert torch.equal(found, expected.bfloat16())
 
 
-@pytest.mark.parametrize(("n_outputs", "n_inputs", "group_size"), [(32, 64, 16), (40, 72, -1), (24, 80, 32)])
+@pytest.mark.parametrize(("n_outputs", "n_inputs", "group_size"), [(32, 64, 16), (40, 72, -1), (24, 304, 32)])
 def test_awq_is_what_the_layout_says(n_outputs: int, n_inputs: int, group_size: int) -> None:
     codes, zeros, scales, groups = draw_parts(0, n_outputs, n_inputs, 4, group_size)
     stored = [torch.from_numpy(array) for array in pack_awq(codes, zeros)]
