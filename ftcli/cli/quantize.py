@@ -11,6 +11,57 @@ from ftcli.cli import console
 from ftcli.cli.option import Base, Data, Json, NoVerify, Quiet, Verbose
 from ftcli.errors import UsageError
 
+Method = Annotated[str | None, typer.Option("--method", metavar="METHOD", help="gptq, awq, nf4 or int8.")]
+Bits = Annotated[
+    int | None, typer.Option("--bits", help="gptq: 2, 4 or 8; awq and nf4: 4; int8: 8. Default: 4, of int8 8.")
+]
+GroupSize = Annotated[
+    str,
+    typer.Option(
+        "--group-size", metavar="auto|N", help="gptq, awq: weights that share a scale; auto: the largest that fits."
+    ),
+]
+CalibrationRows = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE|RECIPE",
+        help="gptq, awq: the rows that rounding is fitted to; none: what the run was trained on.",
+    ),
+]
+Samples = Annotated[
+    int | None, typer.Option(min=1, help="gptq, awq: windows of these rows. Default: 128.", show_default=False)
+]
+SeqLen = Annotated[
+    int | None, typer.Option(min=2, help="gptq, awq: tokens of a window. Default: 2048.", show_default=False)
+]
+Tune = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="gptq, awq: steps in which each block learns its rounding. Default: 50, of awq 0.",
+        show_default=False,
+    ),
+]
+Compare = Annotated[
+    str | None,
+    typer.Option(
+        "--compare",
+        metavar="LIST",
+        help="Make all of these, such as nf4,gptq,awq,q4_k_m, and show them side by side; --method keeps one.",
+    ),
+]
+MaxSize = Annotated[
+    str | None,
+    typer.Option("--max-size", metavar="SIZE", help="With --compare: keep the best one of at most this size."),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "-o", "--output", metavar="DIR", help="Default: quantized-METHOD/ of the run, or ./NAME-quantized-METHOD."
+    ),
+]
+
 
 def quantize(
     target: Annotated[
@@ -19,57 +70,17 @@ def quantize(
             metavar="RUN|ADAPTER|MODEL", help="What to quantise; none: the newest finished run.", show_default=False
         ),
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", metavar="METHOD", help="gptq, awq, nf4 or int8.")] = None,
-    bits: Annotated[
-        int | None, typer.Option("--bits", help="gptq: 2, 4 or 8; awq and nf4: 4; int8: 8. Default: 4, of int8 8.")
-    ] = None,
-    group_size: Annotated[
-        str,
-        typer.Option(
-            "--group-size", metavar="auto|N", help="gptq, awq: weights that share a scale; auto: the largest that fits."
-        ),
-    ] = "auto",
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            "--calibration",
-            metavar="FILE|RECIPE",
-            help="gptq, awq: the rows that rounding is fitted to; none: what the run was trained on.",
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="gptq, awq: windows of these rows. Default: 128.", show_default=False)
-    ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(min=2, help="gptq, awq: tokens of a window. Default: 2048.", show_default=False)
-    ] = None,
-    tune: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="gptq, awq: steps in which each block learns its rounding. Default: 50, of awq 0.",
-            show_default=False,
-        ),
-    ] = None,
-    compare: Annotated[
-        str | None,
-        typer.Option(
-            "--compare",
-            metavar="LIST",
-            help="Make all of these, such as nf4,gptq,awq,q4_k_m, and show them side by side; --method keeps one.",
-        ),
-    ] = None,
-    max_size: Annotated[
-        str | None,
-        typer.Option("--max-size", metavar="SIZE", help="With --compare: keep the best one of at most this size."),
-    ] = None,
+    method: Method = None,
+    bits: Bits = None,
+    group_size: GroupSize = "auto",
+    calibration: CalibrationRows = None,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    tune: Tune = None,
+    compare: Compare = None,
+    max_size: MaxSize = None,
     base: Base = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--output", metavar="DIR", help="Default: quantized-METHOD/ of the run, or ./NAME-quantized-METHOD."
-        ),
-    ] = None,
+    output: Output = None,
     data: Data = None,
     no_verify: NoVerify = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what was quantised there before.")] = False,

@@ -62,7 +62,7 @@ def _list_verification(found: Verification | None) -> Iterator[str]:
         yield f"  {'verified':<12} {text}"
         return
     verdict, kl = found.verdict, found.verdict.comparison
-    failed = "" if verdict.has_passed else "  failed"
+    failed = "" if found.has_passed else "  failed"
     yield f"  {'lost':<12} KL {kl.kl:.4f} of {verdict.most_kl:.2f} nats allowed, top-1 {kl.top1:.1%}{failed}"
     yield f"  {'perplexity':<12} {kl.ppl_source:.4g} → {kl.ppl_result:.4g} on {kl.n_tokens:,} tokens"
     if found.worst:
@@ -78,7 +78,12 @@ def explain_failure(made: Quantized) -> VerificationFailed | None:
     kept = "the folder is written, and its manifest.json says so"
     if found.problem or found.verdict is None:
         return VerificationFailed("the folder is unfit for use", where=made.output, why=f"{found.problem}; {kept}")
-    kl = found.verdict.comparison.kl
+    kl, allowed = found.verdict.comparison.kl, f"{found.verdict.most_kl:.3g}"
+    if found.verdict.has_passed:
+        block = found.broken[0]
+        what = f"{block.name} does not do what it did: its error is {block.error:.0%} of what it adds"
+        why = f"at most {found.most_error:.0%} are allowed for this method; {kept}"
+        return VerificationFailed(what, where=made.output, why=why, hint="8 bits: --method int8, or gptq --bits 8")
     hints = [] if made.spec.bits == 8 else ["8 bits: --method int8, or gptq --bits 8"]
     if made.spec.method.is_fitted and made.spec.bits < 8:
         hints.insert(0, "more rows: --calibration FILE; learned rounding: --tune 200")
@@ -88,6 +93,6 @@ def explain_failure(made: Quantized) -> VerificationFailed | None:
     return VerificationFailed(
         f"{made.spec.title} is not the model that was quantised: KL {kl:.4f} nats per trained token",
         where=made.output,
-        why=f"at most {found.verdict.most_kl:g} are allowed for this method; {kept}",
+        why=f"at most {allowed} are allowed for this method on these rows; {kept}",
         hint="; or ".join(hints),
     )

@@ -6,6 +6,7 @@ target ─▶ each method's folder, each type's GGUF file (in a scratch folder) 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,7 +122,9 @@ def compare_forms(
     keeps = chosen is not None or most_bytes is not None
     if keeps:
         _check_places(found, forms, chosen, output, overwrite=overwrite)
-    place = (found.run.path if found.run else Path()) / f"{found.title}-compared"
+    # beside a run, not in it: what lies half-made in one is swept whenever it is locked
+    folder = read_output(output).parent if output else found.run.path.parent if found.run else Path()
+    place = folder / f"{found.title}-compared"
     with scratch_folder(place) as scratch:
         work = _Comparison(found, forms, scratch, on_event)
         work.prepare(calibration, most_bytes)
@@ -225,7 +228,7 @@ class _Comparison:
         expected = self.work.expect(self.work.load_rows(data, calibration))
         with publishing(self.target, final, overwrite=overwrite) as folder:
             for path in sorted((self.scratch / name).iterdir()):
-                path.rename(folder / path.name)
+                shutil.move(path, folder / path.name)
             made = self.work.finish(self.plans[name], self.calibrations[name], expected, folder, final)
         record_result(self.target, final, made)
         self.on_event(Saved(str(final)))

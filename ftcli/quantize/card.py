@@ -67,7 +67,7 @@ def _describe(found: Verification | None) -> list[str]:
     lines += [f"| {' | '.join(cells)} |", ""]
     if found.worst:
         lines += [f"Worst blocks: {list_worst(found)}.", ""]
-    failed = [] if verdict.has_passed else ["**Failed**: this is not the model that was quantised any more.", ""]
+    failed = [] if found.has_passed else ["**Failed**: this is not the model that was quantised any more.", ""]
     return [*lines, *failed, *_MEANING]
 
 

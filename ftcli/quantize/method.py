@@ -51,6 +51,8 @@ METHODS = {
 # What may be lost, by bits: a share of the source's own loss, as rows that a model knows little of lose more, and the
 # least in nats per trained token. The smaller a model, the more it loses, and these are for small ones.
 _SHARES, _FLOORS = {2: 0.8, 4: 0.15, 8: 0.02}, {2: 0.5, 4: 0.1, 8: 0.02}
+# How far what a block adds may be from what it added, relative to that: beyond 1 it is noise.
+_BLOCK_ERRORS = {2: 3.0, 4: 1.0, 8: 0.5}
 
 
 @dataclass(frozen=True)
@@ -152,3 +154,8 @@ def find_limit(spec: Spec, loss_source: float, kl_base: float | None = None, *, 
     if spec.bits == 8:
         limit = bound_kl(kl_base, floor=limit / 2, ceiling=limit)
     return limit + (bound_kl(kl_base) if is_4bit else 0.0)
+
+
+def find_block_limit(spec: Spec) -> float:
+    """The most that a block's error may be, as `ftcli.evaluate.block` finds it."""
+    return _BLOCK_ERRORS[spec.bits]

@@ -16,7 +16,7 @@ from torch import nn
 from ftcli.errors import ContentError
 from ftcli.evaluate.block import find_blocks
 from ftcli.merge.stream import ModelStream
-from ftcli.model.base import build_quantization
+from ftcli.model.quantization import build_quantization
 from ftcli.model.stored import DTYPE_NAMES
 from ftcli.quantize.method import Spec
 from ftcli.recipe import QuantizationSection

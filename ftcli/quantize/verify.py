@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ftcli.evaluate.subject import Subject, TorchBackend
 from ftcli.evaluate.verdict import Verdict
 from ftcli.events import Notice, OnEvent, Stage
 from ftcli.merge.verify import measure_options
-from ftcli.quantize.method import find_limit
+from ftcli.quantize.method import find_block_limit, find_limit
 from ftcli.quantize.plan import STATE, Plan
 from ftcli.store.file import make_folder
 from ftcli.store.weight import read_weight_table
@@ -31,23 +32,30 @@ _WORST = 5  # blocks that are told of
 class Verification:
     """What came of it: ``problem`` is what is wrong with the folder itself, empty for a sound one.
 
-    ``verdict`` is None where nothing was compared; ``worst`` are the blocks that lost most, the worst first.
+    ``verdict`` is None where nothing was compared; ``worst`` are the blocks that lost most, the worst first, of which
+    none may lose more than ``most_error``.
     """
 
     verdict: Verdict | None = None
     problem: str = ""
     worst: tuple[BlockError, ...] = ()
+    most_error: float = inf
 
     @property
     def has_passed(self) -> bool:
         """Whether the folder may be used for its source, as far as that was measured."""
-        return not self.problem and (self.verdict is None or self.verdict.has_passed)
+        return not self.problem and not self.broken and (self.verdict is None or self.verdict.has_passed)
+
+    @property
+    def broken(self) -> tuple[BlockError, ...]:
+        """The blocks that lost more than any may, of those that are told of."""
+        return tuple(block for block in self.worst if not block.error <= self.most_error)
 
     def to_json(self) -> dict[str, Any]:
         """The figures by the names of ``--json``, null where models were not compared."""
         names = ("kl", "most_kl", "kl_base", "top1", "ppl_source", "ppl_result", "n_tokens")
         found = self.verdict.to_json() if self.verdict else {}
-        worst = [{"name": block.name, "error": block.error} for block in self.worst]
+        worst = [{"name": block.name, "error": block.error} for block in self.worst if isfinite(block.error)]
         figures = {name: found.get(name) for name in names}
         return {**figures, "worst": worst, "passed": self.has_passed, "problem": self.problem or None}
 
@@ -117,7 +125,7 @@ def verify_folder(
         on_event(Notice("the result does not fit in memory: it is not compared with its source"))
         return Verification()
     limit = find_limit(plan.spec, found.loss_source, expected.kl_base, is_4bit=expected.is_4bit)
-    return Verification(Verdict(found, expected.kl_base, limit), "", worst)
+    return Verification(Verdict(found, expected.kl_base, limit), "", worst, find_block_limit(plan.spec))
 
 
 def find_problem(folder: Path, plan: Plan) -> str:

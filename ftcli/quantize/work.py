@@ -197,7 +197,7 @@ class Quantizing:
                 rounded = self._round(plan, calibration)
                 parts = read_rounded(rounded, plan.dtype)
                 save_tensors(folder, ((describe_tensor(name, part), view_bytes(part)) for name, part in parts))
-                shutil.rmtree(rounded)
+                shutil.rmtree(self.scratch / "rounded")
             config = read_json(folder / "config.json") or {}
             config.pop("torch_dtype", None)
             config |= build_quantization_config(plan)
