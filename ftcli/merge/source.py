@@ -13,7 +13,7 @@ from ftcli.evaluate.target import Target, find_target
 from ftcli.model.base import choose_device, choose_dtype
 from ftcli.model.build import find_adapter
 from ftcli.store.run import RunFolder
-from ftcli.store.target import ModelFiles, read_config
+from ftcli.store.target import read_config
 
 
 @dataclass(frozen=True)
@@ -60,21 +60,24 @@ def build_source(target: Target) -> Source:
             where=target.name,
             hint=f"{target.files.folder} is the model",
         )
-    _check_unpacked(target.files)
+    _check_unpacked(target)
     return Source(**{field.name: getattr(target, field.name) for field in fields(target)})
 
 
-def _check_unpacked(files: ModelFiles) -> None:
-    """None if the weights of ``files`` are numbers to which an update can be added.
+def _check_unpacked(target: Target) -> None:
+    """None if the base's weights are numbers to which an update can be added.
 
     Raises:
         ContentError: they are quantised.
     """
+    files = target.files
     if not files.gguf_file and (packed := read_config(files).get("quantization_config")):
         method = packed.get("quant_method") if isinstance(packed, dict) else None
         raise ContentError(
             f"the base is quantised already ({method or 'unknown'})",
             where=files.reference,
             why="a merge into packed weights would lose the update in their rounding",
-            hint="name the 16-bit model that it was made from: --base MODEL",
+            hint="train on the 16-bit model, with quantization.load_in_4bit: true"
+            if target.manifest
+            else "name the 16-bit model that it was made from: --base MODEL",
         )

@@ -28,6 +28,7 @@ from ftcli.merge.plan import MergePlan, Weights
 from ftcli.merge.run import Merging
 from ftcli.merge.source import Source
 from ftcli.model.base import build_skeleton
+from ftcli.model.quantization import read_packing
 from ftcli.model.stored import open_stored
 from ftcli.recipe import ModelSection
 from ftcli.store.file import disk_errors, write_text
@@ -113,6 +114,13 @@ def open_folder(folder: Path, section: ModelSection | None = None) -> ModelStrea
     if not (folder / "config.json").exists():
         raise ContentError("this folder holds no config.json", where=str(folder))
     files = ModelFiles(str(folder), folder)
+    if packing := read_packing(files):
+        raise ContentError(
+            f"the weights are quantised already ({packing.title})",
+            where=str(folder),
+            why="to round twice loses more than to round once",
+            hint="name the 16-bit model that it was made from",
+        )
     weights = open_stored(files, build_skeleton(files, section or ModelSection(name_or_path=str(folder))))
     entries = sorted(weights.entries.items(), key=lambda pair: (pair[1].file, pair[1].name))
     tensors = [StreamTensor(name, entry.shape, partial(_read, weights, name)) for name, entry in entries]

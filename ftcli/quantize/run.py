@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from ftcli.errors import ContentError, UsageError
+from ftcli.errors import UsageError
 from ftcli.evaluate.target import Target, find_target
 from ftcli.events import OnEvent, Saved, Stage, ignore_event
 from ftcli.merge.source import build_source
@@ -25,7 +25,6 @@ from ftcli.store.file import (
 )
 from ftcli.store.output import check_outside, check_replaceable, read_output
 from ftcli.store.run import find_owner, locked, read_manifest, update_manifest
-from ftcli.store.target import read_config
 
 
 def quantize(
@@ -107,7 +106,7 @@ def open_source(target: str | None, base: str | None) -> Target:
 
     Raises:
         UsageError: no such target, or a GGUF file.
-        ContentError: it is quantised already, or damaged.
+        ContentError: it is damaged.
     """
     found = find_target(target, base=base)
     if found.adapter:
@@ -115,11 +114,6 @@ def open_source(target: str | None, base: str | None) -> Target:
     if found.files.gguf_file:
         hint = "name the model's folder or run; another GGUF type of it: ftcli export"
         raise UsageError("is a GGUF file, which is not quantised to this", where=found.name, hint=hint)
-    if packed := read_config(found.files).get("quantization_config"):
-        method = packed.get("quant_method") if isinstance(packed, dict) else None
-        why = "to round twice loses more than to round once"
-        hint = "name the 16-bit model that it was made from"
-        raise ContentError(f"is quantised already ({method or 'unknown'})", where=found.name, why=why, hint=hint)
     return found
 
 

@@ -213,7 +213,7 @@ def test_what_is_quantised_already_is_refused(run: RunFolder) -> None:
     quantize("run", build_spec("nf4"), verifies=False)
     result = invoke("run/quantized-nf4", "--method", "int8")
     assert result.exit_code == 3
-    assert "is quantised already (bitsandbytes)" in result.output
+    assert "quantised already (bitsandbytes, 4 bits)" in result.output
 
 
 @pytest.mark.parametrize(
