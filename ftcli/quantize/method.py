@@ -50,7 +50,7 @@ METHODS = {
 
 # What may be lost, by bits: a share of the source's own loss, as rows that a model knows little of lose more, and the
 # least in nats per trained token. The smaller a model, the more it loses, and these are for small ones.
-_SHARES, _FLOORS = {2: 0.8, 4: 0.15, 8: 0.02}, {2: 0.5, 4: 0.1, 8: 0.02}
+_SHARES, _FLOORS = {2: 0.8, 4: 0.25, 8: 0.04}, {2: 0.5, 4: 0.1, 8: 0.02}
 # How far what a block adds may be from what it added, relative to that: beyond 1 it is noise.
 _BLOCK_ERRORS = {2: 3.0, 4: 1.0, 8: 0.5}
 

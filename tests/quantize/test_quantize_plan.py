@@ -70,7 +70,7 @@ def test_a_missing_extra_is_told_before_anything_is_read(monkeypatch: pytest.Mon
 def test_bounds_grow_with_what_the_source_itself_does_not_know() -> None:
     spec = build_spec("nf4")
     assert find_limit(spec, 0.01) == find_limit(spec, 0.1) == pytest.approx(0.1)
-    assert find_limit(spec, 4.0) == pytest.approx(0.6)
+    assert find_limit(spec, 4.0) == pytest.approx(1.0)
     assert find_limit(spec, 4.0, 1.0, is_4bit=True) > find_limit(spec, 4.0, 1.0)
     assert find_limit(build_spec("gptq", bits=8), 1.0, 0.001) < find_limit(build_spec("gptq", bits=8), 1.0)
     assert find_limit(build_spec("gptq", bits=2), 1.0) > find_limit(spec, 1.0)
