@@ -5,6 +5,7 @@ A page holds ``<!--=NAME ARGUMENT…-->value<!--/-->``; ``fill`` writes the valu
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -221,6 +222,20 @@ def tabulate_adapters() -> str:
     return tabulate("model | attn | attn+gate_up | all-linear", rows)
 
 
+def tabulate_quantization() -> str | None:
+    """What benchmarks/quantize.py found last."""
+    path = _ROOT / "benchmarks" / "results" / "quantize-cpu.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    head = "form | MB | bits/weight | KL | top-1 | perplexity"
+    rows = [["16 bits", "", "16.00", "", "", f"{found['perplexity']:.2f}"]]
+    for name, form in sorted(found["forms"].items(), key=lambda pair: pair[1]["kl"]):
+        size = [f"{form['bytes'] / 1e6:.1f}", f"{form['bits_per_weight']:.2f}"] if name != "rtn" else ["", ""]
+        kl = [f"{form['kl']:.4f}", f"{form['top1']:.1%}", f"{form['perplexity']:.2f}"]
+        rows.append([_FORMS.get(name, name), *size, *kl])
+    date, n_tokens = found["date"], found["n_tokens"]
+    return tabulate(head, rows) + f"\n{n_tokens:,} trained tokens, {date}.\n"
+
+
 def render_template(name: str) -> str:
     """A conversation in a bundled template; what is trained is between ``⟦`` and ``⟧``."""
     from ftcli.data.template import ChatTemplate, read_template
@@ -237,7 +252,11 @@ def render_template(name: str) -> str:
     return f"\n```\n{prompt}⟦{answer}{end}⟧{rest.rstrip()}\n```\n"
 
 
+_FORMS = {"rtn": "round to nearest, 4 bits", "gptq": "GPTQ", "awq": "AWQ", "nf4": "NF4", "int8": "int8"}
+_FORMS |= {"gptq, tune 0": "GPTQ, nothing learned", "gptq, 8 bits": "GPTQ in 8 bits"}
+_FORMS |= {"awq, tune 50": "AWQ, 50 steps learned"}
 FIGURES: dict[str, Callable[..., str | None]] = {
+    "quantization": tabulate_quantization,
     "count": count,
     "count-layer": count_layer,
     "layer-millions": layer_millions,

@@ -21,9 +21,10 @@ from ftcli.gguf.export import Exported, export
 from ftcli.gguf.kind import find_kinds
 from ftcli.gguf.output import find_output
 from ftcli.gguf.vocabulary import Training
-from ftcli.jobs.entry import Measure
+from ftcli.jobs.contender import find_contender
+from ftcli.jobs.entry import Measure, load_rows
 from ftcli.jobs.evaluate import Scoreboard, Standing, evaluate_targets
-from ftcli.quantize.calibration import Calibration
+from ftcli.quantize.calibration import Calibration, read_source
 from ftcli.quantize.method import METHODS, Spec, check_package
 from ftcli.quantize.plan import Plan
 from ftcli.quantize.run import check_output, name_output, open_source, publishing, record_result
@@ -127,8 +128,9 @@ def compare_forms(
     place = folder / f"{found.title}-compared"
     with scratch_folder(place) as scratch:
         work = _Comparison(found, forms, scratch, on_event)
+        wanted = work.plan_measure(data, calibration)
         work.prepare(calibration, most_bytes)
-        board = work.measure(data, calibration)
+        board = work.measure(wanted)
         kept = work.choose(board, chosen, most_bytes) if keeps else None
         made = work.keep(kept, output, data, calibration, overwrite=overwrite) if kept else None
     return Compared(found.name, tuple(forms), board, kept, made)
@@ -190,15 +192,29 @@ class _Comparison:
             where = f"--max-size {most_bytes / 1e6:,.1f} MB"
             raise UsageError(what, where=where, hint="compare smaller ones: q3_k_m, q2_k")
 
-    def measure(self, data: str | None, calibration: str | None) -> Scoreboard:
-        """All forms are made, and stand after the source in what comes back, by their names."""
-        paths = {name: self._make(name, form) for name, form in self.forms.items()}
-        recipe = self.target.recipe
-        wanted = Measure(data=data or (None if recipe else calibration), limit=_MOST_ROWS)
+    def plan_measure(self, data: str | None, calibration: str | None) -> Measure:
+        """What is measured: what the run held out with its own score, else ``data``, else what rounding is fitted to.
+
+        Raises:
+            FtcliError: there are no rows, or they cannot be read.
+        """
+        recipe, source = self.target.recipe, read_source(self.target, calibration)[1]
+        if data is None and recipe is None and source is not None:
+            self.on_event(Notice("compared on the rows that rounding is fitted to: name others with --data FILE"))
+            data = source
+        wanted = Measure(data=data, limit=_MOST_ROWS)
         if recipe and recipe.eval and recipe.eval.score and data is None:
             asked = recipe.eval
             wanted = replace(wanted, metric=asked.score, pattern=asked.regex)
             wanted = replace(wanted, max_new_tokens=asked.max_new_tokens, batch_rows=asked.per_device_eval_batch_size)
+        wanted.check()
+        source_itself = find_contender(self.target.name)
+        load_rows(wanted.data, source_itself, source_itself.renderer, limit=_MOST_ROWS)
+        return wanted
+
+    def measure(self, wanted: Measure) -> Scoreboard:
+        """All forms are made, and stand after the source in what comes back, by their names."""
+        paths = {name: self._make(name, form) for name, form in self.forms.items()}
         board = evaluate_targets([self.target.name, *map(str, paths.values())], wanted, on_event=self.on_event)
         first, *others = board.standings
         named = (replace(row, target=name) for row, name in zip(others, self.forms, strict=True))

@@ -46,6 +46,7 @@ def build_card(
     lines += ["## Verification", "", *_describe(found), "", "## Use", "", "| loads it | needs |", "|---|---|"]
     lines += [f"| {loader} | `{needs}` |" for loader, needs in method.loaders]
     lines += ["", "```python", *_USE["transformers"], "```", "", "```console", *(f"$ {x}" for x in _USE["vLLM"]), "```"]
+    lines += ["", "On a GPU without bfloat16 (before Ampere) add `--dtype half`."] if method.is_fitted else []
     return "\n".join([*lines, ""])
 
 

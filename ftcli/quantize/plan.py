@@ -78,7 +78,6 @@ def plan_quantization(stream: ModelStream, skeleton: Any, spec: Spec, dtype: tor
     Raises:
         ContentError: a layer that cannot be packed, or not in such groups.
     """
-    biased = {name for name, module in skeleton.named_modules() if getattr(module, "bias", None) is not None}
     layers = list_fitted_layers(skeleton) if spec.method.is_fitted else list_replaced_layers(skeleton, spec)
     if not layers:
         raise ContentError("the model has no linear layer that could be quantised", where=str(stream.folder))
@@ -86,11 +85,8 @@ def plan_quantization(stream: ModelStream, skeleton: Any, spec: Spec, dtype: tor
     packed = {f"{layer.name}.weight": layer for layer in layers}
     tensors: list[PlannedTensor] = []
     for tensor in stream.tensors:
-        name, _, kind = tensor.name.rpartition(".")
         if layer := packed.get(tensor.name):
             tensors += _list_packed(layer, spec, group_size)
-        elif kind == "bias" and spec.method.is_fitted and f"{name}.weight" in packed and name in biased:
-            tensors.append(PlannedTensor(tensor.name, "F16", tensor.shape))
         else:
             tensors.append(PlannedTensor(tensor.name, DTYPE_NAMES[dtype], tensor.shape))
     n_parameters = sum(math.prod(tensor.shape) for tensor in stream.tensors)

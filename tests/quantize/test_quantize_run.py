@@ -231,6 +231,7 @@ def test_what_is_quantised_already_is_refused(run: RunFolder) -> None:
         (("run", "--compare", "nf4", "--method", "awq"), 2, "is not among those"),
         (("run", "--compare", "nf4", "--max-size", "1kB"), 2, "none is as small"),
         (("run", "--compare", "nf4", "--bits", "4"), 2, "does not go with --compare"),
+        (("run", "--compare", "nf4", "--data", "none.jsonl"), 2, "none.jsonl"),
         (("nothing/here", "--method", "nf4"), 4, "nothing/here"),
     ],
 )
@@ -323,6 +324,19 @@ def test_none_is_kept_where_none_is_asked_for(run: RunFolder) -> None:
     assert "none is kept" in result.output
     assert max(map(len, result.stdout.splitlines())) <= 80
     assert list_names(run.path) == before
+
+
+def test_a_model_alone_is_compared_on_rows_that_are_named(tiny_model: Path, write_rows: Any, tmp_path: Path) -> None:
+    result = invoke(str(tiny_model), "--compare", "nf4,int8", "-o", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "--data FILE" in result.output
+    assert "quantize" not in result.output.split("error:")[0]
+    rows = str(write_rows())
+    result = invoke(
+        str(tiny_model), "--compare", "nf4,awq", "--calibration", rows, *FITTED, "-o", str(tmp_path / "out")
+    )
+    assert result.exit_code == 0, result.output
+    assert "compared on the rows that rounding is fitted to" in result.output
 
 
 def test_sizes() -> None:
