@@ -30,7 +30,9 @@ def list_quantized(made: Quantized) -> Iterator[str]:
     yield from _list_verification(made.verification)
     if made.is_usable:
         path = shlex.quote(made.output)
-        yield from ("", "next:", f"  ftcli chat {path}", f"  vllm serve {path}")
+        yield from ("", "next:", f"  ftcli chat {path}")
+        if made.spec.method.is_fitted:
+            yield f"  vllm serve {path}"
 
 
 def list_compared(made: Compared, width: int) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ftcli.errors import UsageError
 from ftcli.evaluate.target import Target
-from ftcli.events import Notice, OnEvent, Saved, Stage, ignore_event
+from ftcli.events import Event, Notice, OnEvent, Saved, Stage, ignore_event
 from ftcli.gguf.convert import convert
 from ftcli.gguf.draft import KINDS, Draft, draft_model
 from ftcli.gguf.export import Exported, export
@@ -215,7 +215,17 @@ class _Comparison:
     def measure(self, wanted: Measure) -> Scoreboard:
         """All forms are made, and stand after the source in what comes back, by their names."""
         paths = {name: self._make(name, form) for name, form in self.forms.items()}
-        board = evaluate_targets([self.target.name, *map(str, paths.values())], wanted, on_event=self.on_event)
+
+        def rename(event: Event) -> None:
+            """Tells of what lies in the scratch folder under the name that was asked for."""
+            for name, path in paths.items():
+                if isinstance(event, Stage):
+                    event = replace(event, detail=event.detail.replace(str(path), name))
+                elif isinstance(event, Notice):
+                    event = replace(event, text=event.text.replace(str(path), name))
+            self.on_event(event)
+
+        board = evaluate_targets([self.target.name, *map(str, paths.values())], wanted, on_event=rename)
         first, *others = board.standings
         named = (replace(row, target=name) for row, name in zip(others, self.forms, strict=True))
         return replace(board, standings=(first, *named))
