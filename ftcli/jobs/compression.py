@@ -216,19 +216,20 @@ class _Comparison:
         """All forms are made, and stand after the source in what comes back, by their names."""
         paths = {name: self._make(name, form) for name, form in self.forms.items()}
 
-        def rename(event: Event) -> None:
-            """Tells of what lies in the scratch folder under the name that was asked for."""
+        def rename(text: str) -> str:
             for name, path in paths.items():
-                if isinstance(event, Stage):
-                    event = replace(event, detail=event.detail.replace(str(path), name))
-                elif isinstance(event, Notice):
-                    event = replace(event, text=event.text.replace(str(path), name))
-            self.on_event(event)
+                text = text.replace(str(path), name)
+            return text
 
-        board = evaluate_targets([self.target.name, *map(str, paths.values())], wanted, on_event=rename)
+        def tell(event: Event) -> None:
+            if isinstance(event, Stage):
+                event = replace(event, detail=rename(event.detail))
+            self.on_event(Notice(rename(event.text)) if isinstance(event, Notice) else event)
+
+        board = evaluate_targets([self.target.name, *map(str, paths.values())], wanted, on_event=tell)
         first, *others = board.standings
         named = (replace(row, target=name) for row, name in zip(others, self.forms, strict=True))
-        return replace(board, standings=(first, *named))
+        return replace(board, standings=(first, *named), notices=tuple(map(rename, board.notices)))
 
     def choose(self, board: Scoreboard, chosen: str | None, most_bytes: int | None) -> str | None:
         """The form to keep: ``chosen``, or of those that are small enough the closest to the source."""
