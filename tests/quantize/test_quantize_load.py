@@ -64,6 +64,7 @@ def test_auto_rounds_own_loader_gives_the_same_logits(source: Path, write_rows: 
     assert torch.allclose(ours, theirs, atol=2e-3 * ours.abs().max().item())
 
 
+@pytest.mark.slow
 def test_awq_unpacks_as_auto_round_unpacks_it(source: Path, write_rows: Any, tmp_path: Path) -> None:
     from auto_round.export.export_to_awq.utils import dequantize_gemm
 

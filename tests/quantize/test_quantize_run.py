@@ -64,6 +64,27 @@ def list_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+KEYS: dict[str, dict[str, Any]] = {
+    "gptq": {"bits": 4, "group_size": 64, "sym": True, "desc_act": False, "checkpoint_format": "gptq"},
+    "awq": {"bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True, "load_in_4bit": False},
+}
+
+
+def check_keys(method: str, section: dict[str, Any]) -> None:
+    """The documented keys, which transformers' own classes take, and vLLM (bits, group_size, desc_act, sym, …)."""
+    from transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig
+
+    assert section["quant_method"] == (method if method in ("gptq", "awq") else "bitsandbytes")
+    assert {key: section[key] for key in KEYS[method]} == KEYS[method]
+    parsed = {"gptq": GPTQConfig, "awq": AwqConfig}.get(method, BitsAndBytesConfig).from_dict(dict(section))
+    if method in ("gptq", "awq"):
+        assert (parsed.bits, parsed.group_size) == (4, 64)
+    else:
+        assert (parsed.load_in_4bit, parsed.load_in_8bit) == (method == "nf4", method == "int8")
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "nf4", "int8"])
 def test_a_run_is_quantised_measured_and_told(method: str, run: RunFolder) -> None:
     """No rows are named: rounding is fitted to the run's training data, and the result is held out rows away."""
@@ -88,28 +109,12 @@ def test_a_run_is_quantised_measured_and_told(method: str, run: RunFolder) -> No
     assert json.loads((run.path / "manifest.json").read_text())["verify"][folder.name]["passed"] is True
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
+    check_keys(method, config["quantization_config"])
     card = (folder / "README.md").read_text()
     assert "fine-tuned with ftcli" in card
     assert "pip install" in card
     assert not [name for name in list_names(run.path) if name.startswith(".") and name != ".lock"]
     assert not list(folder.glob(".*"))
-
-
-@pytest.mark.parametrize(("method", "keys"), [
-    ("gptq", {"bits": 4, "group_size": 64, "sym": True, "desc_act": False, "checkpoint_format": "gptq"}),
-    ("awq", {"bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}),
-])  # fmt: skip
-def test_config_has_the_documented_keys(method: str, keys: dict[str, Any], run: RunFolder) -> None:
-    """Those that transformers' own classes read, and vLLM's: bits, group_size, desc_act and sym, or zero_point."""
-    from transformers import AwqConfig, GPTQConfig
-
-    quantize("run", build_spec(method, samples=2, seq_len=64, tune=0), verifies=False)
-    config = json.loads((run.path / f"quantized-{method}" / "config.json").read_text())["quantization_config"]
-    assert config["quant_method"] == method
-    assert {key: config[key] for key in keys} == keys
-    parsed = {"gptq": GPTQConfig, "awq": AwqConfig}[method].from_dict(dict(config))
-    assert parsed.bits == 4
-    assert parsed.group_size == 64
 
 
 def test_a_merged_run_gives_what_the_run_gives(run: RunFolder, tmp_path: Path) -> None:
@@ -124,6 +129,7 @@ def test_a_merged_run_gives_what_the_run_gives(run: RunFolder, tmp_path: Path) -
     assert all(torch.equal(first[name], value) for name, value in second.items())
 
 
+@pytest.mark.slow
 def test_learned_rounding_and_repeats(run: RunFolder, tmp_path: Path) -> None:
     """Two runs give the same bytes; steps of learning give others."""
     for name, tune in (("a", 0), ("b", 0), ("c", 2)):
@@ -168,7 +174,7 @@ def test_a_tensor_that_is_missing_is_found(run: RunFolder, monkeypatch: pytest.M
     assert "up_proj" in result.output
 
 
-@pytest.mark.parametrize("method", ["gptq", "nf4"])
+@pytest.mark.parametrize("method", [pytest.param("gptq", marks=pytest.mark.slow), "nf4"])
 def test_ctrl_c_leaves_nothing(method: str, run: RunFolder) -> None:
     before = list_names(run.path)
 
@@ -253,6 +259,7 @@ def test_a_gguf_file_is_sent_elsewhere(run: RunFolder) -> None:
     assert "ftcli export" in result.output
 
 
+@pytest.mark.slow
 def test_a_model_alone_is_measured_on_what_it_is_fitted_to(tiny_model: Path, write_rows: Any, tmp_path: Path) -> None:
     rows = str(write_rows())
     out = tmp_path / "out"
@@ -273,6 +280,7 @@ def test_the_lack_of_memory_is_told_before_work(run: RunFolder, monkeypatch: pyt
     assert "quantize" not in stages
 
 
+@pytest.mark.slow
 def test_a_quantised_folder_answers(run: RunFolder) -> None:
     """`ftcli chat` and `ftcli eval` take it as they take any model."""
     quantize("run", build_spec("gptq", samples=4, seq_len=64, tune=0), verifies=False)
@@ -284,6 +292,7 @@ def test_a_quantised_folder_answers(run: RunFolder) -> None:
     assert targets[1]["kl"] < 0.1
 
 
+@pytest.mark.slow
 def test_forms_side_by_side_and_the_best_that_fits_is_kept(run: RunFolder) -> None:
     words = ("--compare", "nf4,int8,gptq,awq,q8_0,q4_k_m", "--max-size", "110kB")
     result = invoke("run", *words, *FITTED, "--json")
@@ -326,6 +335,7 @@ def test_none_is_kept_where_none_is_asked_for(run: RunFolder) -> None:
     assert list_names(run.path) == before
 
 
+@pytest.mark.slow
 def test_a_model_alone_is_compared_on_rows_that_are_named(tiny_model: Path, write_rows: Any, tmp_path: Path) -> None:
     result = invoke(str(tiny_model), "--compare", "nf4,int8", "-o", str(tmp_path / "out"))
     assert result.exit_code == 2
@@ -345,6 +355,7 @@ def test_sizes() -> None:
     assert compression.read_size("800M") == 800_000_000
 
 
+@pytest.mark.slow
 def test_the_library_is_not_imported_for_what_does_not_need_it() -> None:
     import subprocess
     import sys
