@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from ftcli.evaluate.block import find_blocks
 from ftcli.events import OnEvent, Pace
 from ftcli.merge.stream import ModelStream
 from ftcli.model.base import build_skeleton, choose_device
+from ftcli.model.packed import build_empty
 from ftcli.quantize.calibration import Calibration
 from ftcli.quantize.plan import Plan
 from ftcli.recipe import ModelSection
@@ -42,52 +42,54 @@ def round_weights(
         ContentError: auto-round gave up, in its own words.
         MemoryError, OSError: as they came.
     """
-    spec, windows, device = plan.spec, calibration.windows, choose_device()
-    with _silenced():
-        from auto_round import AutoRound
+    from auto_round import AutoRound
+    from auto_round.logger import logger
 
-        scheme = {
-            "bits": spec.bits,
-            "group_size": plan.group_size,
-            "sym": spec.method.name == "gptq",  # which the kernels of vLLM ask for
-            "data_type": "int",
-        }
-        options: dict[str, Any] = {"iters": spec.tune} if spec.tune or spec.method.name == "gptq" else {}
-        if spec.method.name == "awq":
-            options["alg_configs"] = ["awq", "signround"] if spec.tune else "awq"
-        rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in windows]
-        _name_model(model, folder)
-        counts = _count_blocks(model, on_event)
-        try:
-            rounder = AutoRound(
-                model,
-                _without_padding(tokenizer),
-                scheme=scheme,
-                dataset=rows,
-                nsamples=len(rows),
-                seqlen=windows.shape[1],
-                batch_size=min(max(1, _STEP_TOKENS[device.type] // windows.shape[1]), len(rows)),
-                device_map=str(device),
-                enable_torch_compile=False,
-                seed=_SEED,
-                **options,
-            )
-            _, made = rounder.quantize_and_save(str(folder), format=_FORMATS[spec.method.name])
-        except (Exception, SystemExit) as error:
-            if isinstance(error, OSError) or (isinstance(error, Exception) and is_memory_error(error)):
-                raise
-            raise _explain(error, plan) from error
-        finally:
-            counts()
+    logger.setLevel(logging.getLogger("transformers").getEffectiveLevel())  # it has one of its own
+    spec, windows, device = plan.spec, calibration.windows, choose_device()
+    scheme = {
+        "bits": spec.bits,
+        "group_size": plan.group_size,
+        "sym": spec.method.name == "gptq",  # which the kernels of vLLM ask for
+        "data_type": "int",
+    }
+    options: dict[str, Any] = {"iters": spec.tune} if spec.tune or spec.method.name == "gptq" else {}
+    if spec.method.name == "awq":
+        options["alg_configs"] = ["awq", "signround"] if spec.tune else "awq"
+    _name_model(model, folder)
+    stop_counting = _count_blocks(model, on_event)
+    try:
+        rounder = AutoRound(
+            model,
+            _without_padding(tokenizer),
+            scheme=scheme,
+            dataset=[{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in windows],
+            nsamples=len(windows),
+            seqlen=windows.shape[1],
+            batch_size=min(max(1, _STEP_TOKENS[device.type] // windows.shape[1]), len(windows)),
+            device_map=str(device),
+            enable_torch_compile=False,
+            seed=_SEED,
+            **options,
+        )
+        _, made = rounder.quantize_and_save(str(folder), format=_FORMATS[spec.method.name])
+    except (Exception, SystemExit) as error:
+        if isinstance(error, OSError) or (isinstance(error, Exception) and is_memory_error(error)):
+            raise
+        raise _explain(error, plan) from error
+    finally:
+        stop_counting()
     return Path(made[0] if isinstance(made, list) else made)
 
 
 def build_model(stream: ModelStream, section: ModelSection, dtype: torch.dtype) -> Any:
     """The model of ``stream`` in host memory, as transformers builds it."""
-    skeleton: Any = build_skeleton(stream.files, section)
+    config = build_skeleton(stream.files, section).config
+    model = build_empty(stream.folder, config, {"dtype": dtype, "trust_remote_code": section.trust_remote_code})
     weights = {tensor.name: tensor.read().to(dtype) for tensor in stream.tensors}
-    model = type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=weights, dtype=dtype)
-    return model.eval()
+    model.load_state_dict(weights, strict=False, assign=True)  # a tied head is not among them
+    model.tie_weights()
+    return model
 
 
 def _count_blocks(model: Any, on_event: OnEvent) -> Callable[[], None]:
@@ -132,14 +134,3 @@ def _explain(error: BaseException, plan: Plan) -> ContentError:
     why = (str(error).strip().splitlines() or [type(error).__name__])[0]
     title = plan.spec.title
     return ContentError(f"{title}: auto-round gave up", why=why, hint="see its own log: -v; or take --method nf4")
-
-
-@contextmanager
-def _silenced() -> Any:
-    """A block in which auto-round logs what transformers may log here; it sets its own level at import."""
-    logging.getLogger("autoround")
-    level = logging.getLogger("transformers").getEffectiveLevel()
-    import auto_round.logger
-
-    auto_round.logger.logger.setLevel(level)
-    yield

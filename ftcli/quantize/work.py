@@ -156,10 +156,9 @@ class Quantizing:
         states = 3 * calibration.windows.numel() * self._width * self.compute_dtype.itemsize
         n_values = plan.n_parameters + states // self.compute_dtype.itemsize
         if lack := explain_lack(n_values, self.compute_dtype):
-            hint = (
-                "fewer or shorter windows: --samples 32 --seq-len 512; or --method nf4, which takes a weight at a time"
-            )
-            raise MemoryExhausted("the model and what it makes of the rows do not fit in memory", why=lack, hint=hint)
+            what = "the model and what it makes of the rows do not fit in memory"
+            hint = "fewer or shorter windows: --samples 32 --seq-len 512; or --method nf4, a weight at a time"
+            raise MemoryExhausted(what, why=lack, hint=hint)
 
     def expect(self, documents: Sequence[Rendered]) -> Expected | None:
         """What results are held against; None without rows, or where the source does not fit in memory."""
@@ -193,7 +192,8 @@ class Quantizing:
             if calibration is None:
                 save_tensors(folder, pack_tensors(self.stream, plan, self.on_event))
             else:
-                self.on_event(Stage("calibrate", calibration.describe()))
+                steps = f", {plan.spec.tune} steps a block" if plan.spec.tune else ""
+                self.on_event(Stage("calibrate", f"{calibration.describe()}{steps}"))
                 rounded = self._round(plan, calibration)
                 parts = read_rounded(rounded, plan.dtype)
                 save_tensors(folder, ((describe_tensor(name, part), view_bytes(part)) for name, part in parts))
