@@ -177,6 +177,7 @@ def test_env(ftcli: Any) -> None:
         "bfloat16",
         "NF4 (QLoRA)",
         "llama.cpp (GGUF)",
+        "GPTQ and AWQ",
         "default model",
     }
     assert "NF4" in ftcli("env").out

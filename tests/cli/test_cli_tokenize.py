@@ -364,7 +364,10 @@ def test_a_pipe_that_closes_early_is_no_error(tmp_path: Path, tiny_model: Path) 
     assert "BrokenPipe" not in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--show", "3"], ["--show-labels"], ["--json"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--show", "3"], *(pytest.param([option], marks=pytest.mark.slow) for option in ("--show-labels", "--json"))],
+)
 def test_a_full_disk_behind_stdout_is_one_error(rows: Path, tiny_model: Path, arguments: list[str]) -> None:
     command = [sys.executable, "-m", "ftcli", "tokenize", str(rows), "-m", str(tiny_model), *arguments]
     with open("/dev/full", "w") as full:

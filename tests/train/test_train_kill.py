@@ -51,7 +51,10 @@ def hard_recipe(write_recipe: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("case", "n"), [("begin", 4), ("overwrite", 2), ("resume", 2)])
+@pytest.mark.parametrize(
+    ("case", "n"),
+    [("begin", 4), *(pytest.param(case, 2, marks=pytest.mark.slow) for case in ("overwrite", "resume"))],
+)
 def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(hard_recipe: Path, case: str, n: int) -> None:
     """A sample that is seeded, and spread over all of the changes that a run makes to the disk."""
     chances = random.Random(case)
