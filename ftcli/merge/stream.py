@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ftcli.data.tokenizer import load_tokenizer
-from ftcli.errors import ContentError
+from ftcli.errors import ContentError, NumericError
 from ftcli.evaluate.target import Target
 from ftcli.events import OnEvent
 from ftcli.merge.arithmetic import make_blocks
@@ -29,7 +29,7 @@ from ftcli.merge.run import Merging
 from ftcli.merge.source import Source
 from ftcli.model.base import build_skeleton
 from ftcli.model.quantization import read_packing
-from ftcli.model.stored import open_stored
+from ftcli.model.stored import is_finite, open_stored
 from ftcli.recipe import ModelSection
 from ftcli.store.file import disk_errors, write_text
 from ftcli.store.target import ModelFiles
@@ -51,21 +51,33 @@ class StreamTensor:
         """Of the whole weight."""
         return math.prod(self.shape)
 
-    def read(self) -> torch.Tensor:
-        """The whole weight."""
+    def read(self, dtype: torch.dtype) -> torch.Tensor:
+        """The whole weight, every value of it finite.
+
+        Raises:
+            ContentError: it holds NaN or infinity.
+            NumericError: a value is too large for ``dtype``.
+        """
         blocks = list(self.make_blocks())
-        return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+        weight = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+        if not is_finite(weight):
+            raise ContentError(f"{self.name} holds NaN or infinity", hint="copy or train the model again")
+        value = weight.to(dtype)
+        if not is_finite(value):
+            raise NumericError(f"{self.name} is too large for {str(dtype).removeprefix('torch.')}")
+        return value
 
 
 @dataclass(frozen=True)
 class ModelStream:
     """A model whose weights are known and not read; ``folder`` holds config, generation config and tokenizer.
 
-    ``tensors`` are in the order of the files, a tied head left out.
+    ``tensors`` are in the order of the files, a tied head left out. Errors call it ``name``, or by its folder.
     """
 
     folder: Path
     tensors: tuple[StreamTensor, ...]
+    name: str = ""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -75,7 +87,7 @@ class ModelStream:
     @property
     def files(self) -> ModelFiles:
         """The folder, as what loads models takes it."""
-        return ModelFiles(str(self.folder), self.folder)
+        return ModelFiles(self.name or str(self.folder), self.folder)
 
 
 def open_model(target: Target, folder: Path, final: Path, on_event: OnEvent) -> ModelStream:
@@ -97,34 +109,34 @@ def open_model(target: Target, folder: Path, final: Path, on_event: OnEvent) -> 
         else:
             folder.mkdir()
     if not isinstance(target, Source):
-        return open_folder(folder, target.section)
+        return open_folder(folder, target.section, target.name)
     merging = Merging(target, final, None, "original", on_event)
     merging.write_texts(folder)
     base = target.manifest.get("base", {}).get("id", target.files.reference)
     write_text(folder / "README.md", "\n".join(build_front(base)))
-    return open_merge(folder, merging.plan, merging.weights)
+    return replace(open_merge(folder, merging.plan, merging.weights), name=target.name)
 
 
-def open_folder(folder: Path, section: ModelSection | None = None) -> ModelStream:
-    """The model in a transformers folder, in the converter's order: by file, then by name.
+def open_folder(folder: Path, section: ModelSection | None = None, name: str = "") -> ModelStream:
+    """The model in a transformers folder, in the converter's order: by file, then by name; errors call it ``name``.
 
     Raises:
         ContentError: it holds no model, or a damaged or packed one.
     """
+    files = ModelFiles(name or str(folder), folder)
     if not (folder / "config.json").exists():
-        raise ContentError("this folder holds no config.json", where=str(folder))
-    files = ModelFiles(str(folder), folder)
+        raise ContentError("this folder holds no config.json", where=files.reference)
     if packing := read_packing(files):
         raise ContentError(
             f"the weights are quantised already ({packing.title})",
-            where=str(folder),
+            where=files.reference,
             why="to round twice loses more than to round once",
             hint="name the 16-bit model that it was made from",
         )
     weights = open_stored(files, build_skeleton(files, section or ModelSection(name_or_path=str(folder))))
     entries = sorted(weights.entries.items(), key=lambda pair: (pair[1].file, pair[1].name))
     tensors = [StreamTensor(name, entry.shape, partial(_read, weights, name)) for name, entry in entries]
-    return ModelStream(folder, tuple(tensors))
+    return ModelStream(folder, tuple(tensors), name)
 
 
 def open_merge(folder: Path, plan: MergePlan, weights: Weights) -> ModelStream:

@@ -11,23 +11,32 @@ from typing import Any
 
 import torch
 
+from ftcli.errors import NumericError
 from ftcli.events import OnEvent, Pace
 from ftcli.merge.stream import ModelStream, StreamTensor
 from ftcli.model.base import choose_device
-from ftcli.model.stored import DTYPE_NAMES
+from ftcli.model.stored import DTYPE_NAMES, is_finite
 from ftcli.quantize.plan import Plan
 from ftcli.store.shard import PlannedTensor
 
 
 def pack_tensors(stream: ModelStream, plan: Plan, on_event: OnEvent) -> Iterator[tuple[PlannedTensor, Any]]:
-    """Yields every tensor of the result with its bytes."""
-    packed = {f"{layer.name}.weight" for layer in plan.layers}
+    """Yields every tensor of the result with its bytes.
+
+    Raises:
+        ContentError: a weight holds NaN or infinity.
+        NumericError: one is too large for what it becomes.
+    """
+    packed = {f"{layer.name}.weight": layer for layer in plan.layers}
     pack = pack_int8 if plan.spec.method.name == "int8" else pack_nf4
     pace = Pace("quantize", sum(map(_measure, stream.tensors)), unit="bytes")
     device = choose_device()
     for tensor in stream.tensors:
-        value = tensor.read().to(plan.dtype)
-        made = pack(tensor.name, value.to(device)) if tensor.name in packed else {tensor.name: value}
+        value = tensor.read(plan.dtype)
+        if layer := packed.get(tensor.name):
+            made = pack(tensor.name, (value.T if layer.is_transposed else value).to(device))
+        else:
+            made = {tensor.name: value}
         for name, part in made.items():
             yield describe_tensor(name, part), view_bytes(part)
         on_event(pace.advance(_measure(tensor)))
@@ -42,10 +51,17 @@ def pack_nf4(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def pack_int8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Name → tensor of what stands for a weight, as ``Linear8bitLt`` saves it."""
+    """Name → tensor of what stands for a weight, as ``Linear8bitLt`` saves it.
+
+    Raises:
+        NumericError: a value is beyond float16.
+    """
     from bitsandbytes.functional import int8_vectorwise_quant
 
-    values, scales, _ = int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+    half = weight.to(torch.float16).contiguous()
+    if not is_finite(half):
+        raise NumericError(f"{name} is too large for int8, which is made in float16", hint="take --method nf4")
+    values, scales, _ = int8_vectorwise_quant(half)
     layer = name.removesuffix(".weight")
     row_major = torch.tensor(0, dtype=torch.uint8)
     return {name: values, f"{layer}.SCB": scales.float(), f"{layer}.weight_format": row_major}

@@ -40,7 +40,8 @@ class Calibration:
         """A line on it."""
         n, length = self.windows.shape
         windows = "1 window" if n == 1 else f"{n} windows"
-        return f"{self.n_rows:,} rows of {self.source}: {windows} of {length:,} tokens"
+        rows = "1 row" if self.n_rows == 1 else f"{self.n_rows:,} rows"
+        return f"{rows} of {self.source}: {windows} of {length:,} tokens"
 
 
 def load_calibration(target: Target, source: str | None, spec: Spec, on_event: OnEvent) -> Calibration:

@@ -94,7 +94,8 @@ def build_spec(
         hint = f"choose one of {', '.join(METHODS)}; for GGUF: ftcli export --gguf q4_k_m"
         raise UsageError("there is no such method", where=f"--method {name}", hint=hint)
     if bits is not None and bits not in method.bits:
-        known = " or ".join(map(str, sorted(method.bits)))
+        *first, last = map(str, sorted(method.bits))
+        known = f"{', '.join(first)} or {last}" if first else last
         others = [other for other, found in METHODS.items() if bits in found.bits]
         hint = f"for {bits} bits: --method {others[0]}" if others else f"leave --bits out, or name {known}"
         raise UsageError(f"{method.name} rounds to {known} bits", where=f"--bits {bits}", hint=hint)

@@ -30,11 +30,12 @@ _STATE_BYTES = 128  # of the JSON text that bitsandbytes writes for each weight,
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of ``n_out`` rows of ``n_in`` values."""
+    """A linear layer of ``n_out`` rows of ``n_in`` values; if ``is_transposed``, its source holds columns as rows."""
 
     name: str
     n_in: int
     n_out: int
+    is_transposed: bool = False
 
     @property
     def n_parameters(self) -> int:
@@ -80,7 +81,9 @@ def plan_quantization(stream: ModelStream, skeleton: Any, spec: Spec, dtype: tor
     """
     layers = list_fitted_layers(skeleton) if spec.method.is_fitted else list_replaced_layers(skeleton, spec)
     if not layers:
-        raise ContentError("the model has no linear layer that could be quantised", where=str(stream.folder))
+        what = f"the model has no linear layer that {spec.method.title} could pack"
+        hint = "--method nf4 or int8, or ftcli export --gguf q8_0" if spec.method.is_fitted else ""
+        raise ContentError(what, where=stream.files.reference, hint=hint)
     group_size = choose_group_size(layers, spec) if spec.method.is_fitted else 0
     packed = {f"{layer.name}.weight": layer for layer in layers}
     tensors: list[PlannedTensor] = []
@@ -105,12 +108,13 @@ def list_fitted_layers(skeleton: Any) -> list[Layer]:
 
 def list_replaced_layers(skeleton: Any, spec: Spec) -> list[Layer]:
     """The linear layers that transformers loads with bitsandbytes: all but the head."""
+    from transformers.pytorch_utils import Conv1D
     from transformers.quantizers import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(build_config(spec, torch.bfloat16))
     quantizer.preprocess_model(model=skeleton, device_map={"": "cpu"})
     return [
-        Layer(name, module.in_features, module.out_features)
+        Layer(name, module.in_features, module.out_features, issubclass(module.source_cls, Conv1D))
         for name, module in skeleton.named_modules()
         if type(module).__name__ in ("Linear4bit", "Linear8bitLt")
     ]

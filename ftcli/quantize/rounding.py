@@ -83,10 +83,15 @@ def round_weights(
 
 
 def build_model(stream: ModelStream, section: ModelSection, dtype: torch.dtype) -> Any:
-    """The model of ``stream`` in host memory, as transformers builds it."""
+    """The model of ``stream`` in host memory, as transformers builds it.
+
+    Raises:
+        ContentError: a weight holds NaN or infinity.
+        NumericError: one is too large for ``dtype``.
+    """
     config = build_skeleton(stream.files, section).config
     model = build_empty(stream.folder, config, {"dtype": dtype, "trust_remote_code": section.trust_remote_code})
-    weights = {tensor.name: tensor.read().to(dtype) for tensor in stream.tensors}
+    weights = {tensor.name: tensor.read(dtype) for tensor in stream.tensors}
     model.load_state_dict(weights, strict=False, assign=True)  # a tied head is not among them
     model.tie_weights()
     return model

@@ -10,6 +10,7 @@ import torch
 from conftest import build_model, save_model
 from safetensors.torch import load_file
 
+from ftcli.errors import ContentError, NumericError
 from ftcli.quantize.method import build_spec
 from ftcli.quantize.plan import build_config
 from ftcli.quantize.run import quantize
@@ -20,10 +21,13 @@ def source(tmp_path: Path, tiny_tokenizer: Any) -> Path:
     return save_model(tmp_path / "source", build_model(tied=False).to(torch.bfloat16), tiny_tokenizer)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # gpt2 holds its linear weights transposed
 @pytest.mark.parametrize("method", ["nf4", "int8"])
-def test_tensors_are_those_that_transformers_saves(method: str, source: Path, tmp_path: Path) -> None:
+def test_tensors_are_those_that_transformers_saves(method: str, kind: str, tmp_path: Path, tiny_tokenizer: Any) -> None:
     from transformers import AutoModelForCausalLM
 
+    model = build_model(kind, tied=kind == "gpt2").to(torch.bfloat16)
+    source = save_model(tmp_path / "source", model, tiny_tokenizer)
     quantize(str(source), build_spec(method), output=tmp_path / "ours", verifies=False)
     model = AutoModelForCausalLM.from_pretrained(
         source, quantization_config=build_config(build_spec(method), torch.bfloat16), dtype=torch.bfloat16
@@ -82,3 +86,25 @@ def test_shards_and_their_index(source: Path, tmp_path: Path, monkeypatch: pytes
     assert parts.keys() == whole.keys()
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_without_rows(
+    value: float, method: str, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    model = build_model()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
+    source = save_model(tmp_path / "source", model, tiny_tokenizer)
+    with pytest.raises(ContentError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+        quantize(str(source), build_spec(method), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_beyond_float16_is_no_int8(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    model = build_model().to(torch.bfloat16)
+    model.model.layers[0].mlp.up_proj.weight.data[3, 4] = 1e6
+    source = save_model(tmp_path / "source", model, tiny_tokenizer)
+    with pytest.raises(NumericError, match="up_proj"):
+        quantize(str(source), build_spec("int8"), output=tmp_path / "out")
+    quantize(str(source), build_spec("nf4"), output=tmp_path / "out")

@@ -38,7 +38,7 @@ def plan(folder: Path, name: str, **options: Any) -> Plan:
     [
         ("gtpq", {}, "there is no such method"),
         ("awq", {"bits": 8}, "awq rounds to 4 bits"),
-        ("gptq", {"bits": 3}, "gptq rounds to 2 or 4 or 8 bits"),
+        ("gptq", {"bits": 3}, "gptq rounds to 2, 4 or 8 bits"),
         ("nf4", {"group_size": "64"}, "reads no rows"),
         ("int8", {"samples": 4}, "reads no rows"),
         ("gptq", {"group_size": "big"}, "is no group size"),
