@@ -22,10 +22,10 @@ from ftcli.gguf.kind import find_kinds
 from ftcli.gguf.output import find_output
 from ftcli.gguf.vocabulary import Training
 from ftcli.jobs.contender import find_contender
-from ftcli.jobs.entry import Measure, load_rows
+from ftcli.jobs.entry import Measure, list_entries
 from ftcli.jobs.evaluate import Scoreboard, Standing, evaluate_targets
 from ftcli.quantize.calibration import Calibration, read_source
-from ftcli.quantize.method import METHODS, Spec, check_package
+from ftcli.quantize.method import METHODS, Spec, build_spec, check_package
 from ftcli.quantize.plan import Plan
 from ftcli.quantize.run import check_output, name_output, open_source, publishing, record_result
 from ftcli.quantize.work import Quantized, Quantizing
@@ -65,10 +65,8 @@ def find_forms(names: Sequence[str], build: Mapping[str, Any]) -> dict[str, Form
     """Name → form of each of ``names``; ``build`` are the options of the methods that rounding is fitted for.
 
     Raises:
-        UsageError: one of them is neither a method nor a type of GGUF file.
+        UsageError: one of them is neither a method nor a type of GGUF file; or none takes an option that is given.
     """
-    from ftcli.quantize.method import build_spec
-
     forms: dict[str, Form] = {}
     for name in (name.strip().lower() for name in names):
         if not name:
@@ -82,6 +80,10 @@ def find_forms(names: Sequence[str], build: Mapping[str, Any]) -> dict[str, Form
             raise UsageError("is neither a method nor a type of GGUF file", where=f"--compare {name}", hint=hint)
     if not forms:
         raise UsageError("nothing is named", where="--compare", hint="name some: --compare nf4,int8,gptq,awq,q4_k_m")
+    given = [f"--{name.replace('_', '-')}" for name, value in build.items() if value not in (None, "auto")]
+    if given and not any(isinstance(form, Spec) and form.method.is_fitted for form in forms.values()):
+        hint = f"leave {' and '.join(given)} out, or compare gptq or awq"
+        raise UsageError("nothing that is compared takes this", where=given[0], hint=hint)
     return forms
 
 
@@ -208,8 +210,7 @@ class _Comparison:
             wanted = replace(wanted, metric=asked.score, pattern=asked.regex)
             wanted = replace(wanted, max_new_tokens=asked.max_new_tokens, batch_rows=asked.per_device_eval_batch_size)
         wanted.check()
-        source_itself = find_contender(self.target.name)
-        load_rows(wanted.data, source_itself, source_itself.renderer, limit=_MOST_ROWS)
+        list_entries([find_contender(self.target.name)], wanted, lambda notice: None)
         return wanted
 
     def measure(self, wanted: Measure) -> Scoreboard:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import build_model, save_model
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -238,6 +239,7 @@ def test_what_is_quantised_already_is_refused(run: RunFolder) -> None:
         (("run", "--compare", "nf4", "--max-size", "1kB"), 2, "none is as small"),
         (("run", "--compare", "nf4", "--bits", "4"), 2, "does not go with --compare"),
         (("run", "--compare", "nf4", "--data", "none.jsonl"), 2, "none.jsonl"),
+        (("run", "--compare", "nf4,q8_0", "--group-size", "64"), 2, "nothing that is compared takes this"),
         (("nothing/here", "--method", "nf4"), 4, "nothing/here"),
     ],
 )
@@ -368,3 +370,56 @@ def test_padding_that_ends_a_turn_is_fitted_to_as_well(tiny_tokenizer: Any) -> N
     changed = rounding._without_padding(tiny_tokenizer)
     assert changed.pad_token_id is None
     assert tiny_tokenizer.pad_token_id is not None
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_biases_are_kept(method: str, tmp_path: Path, tiny_tokenizer: Any, write_rows: Any) -> None:
+    """Those of Qwen 2 lie beside packed weights, and have the type of what is not packed."""
+    model = build_model("qwen2")
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    source = save_model(tmp_path / "source", model.to(torch.bfloat16), tiny_tokenizer)
+    spec = build_spec(method, samples=2, seq_len=64, tune=0)
+    made = quantize(str(source), spec, calibration=str(write_rows()), output=tmp_path / "out")
+    assert made.verification
+    assert made.verification.has_passed
+    packed, dense = (load_file(path / "model.safetensors") for path in (tmp_path / "out", source))
+    biases = [name for name in dense if name.endswith("bias")]
+    assert len(biases) == 6
+    for name in biases:
+        assert packed[name].dtype == torch.bfloat16
+        if method == "gptq":  # awq scales those of v_proj with its channels
+            torch.testing.assert_close(packed[name], dense[name], atol=1e-6, rtol=0)
+
+
+def test_an_error_names_the_model_and_no_folder_of_ours(tmp_path: Path, tiny_tokenizer: Any, write_rows: Any) -> None:
+    source = save_model(tmp_path / "gpt2", build_model("gpt2"), tiny_tokenizer)
+    result = invoke(str(source), "--method", "gptq", "--calibration", str(write_rows()), "-o", str(tmp_path / "out"))
+    assert result.exit_code == 3
+    assert f"error: {source}: the model has no linear layer that GPTQ could pack" in result.output
+    assert "--method nf4" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ((), "which rows? a model has none of its own"),
+        (("--data", "none.jsonl"), "none.jsonl"),
+        (("--calibration", "recipe.yaml"), "which rows? a model has none of its own"),
+    ],
+)
+def test_rows_to_compare_on_are_read_before_anything_is_made(
+    words: tuple[str, ...],
+    text: str,
+    tiny_model: Path,
+    write_recipe: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_recipe()
+    monkeypatch.setattr(work, "save_tensors", lambda *_: pytest.fail("something was made"))
+    result = invoke(str(tiny_model), "--compare", "nf4", *words)
+    assert result.exit_code == 2, result.output
+    assert text in result.output
