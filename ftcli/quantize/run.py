@@ -7,7 +7,6 @@ What can be wrong with packages, layers, rows, disk and memory is found before t
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,11 +17,7 @@ from ftcli.events import OnEvent, Saved, Stage, ignore_event
 from ftcli.merge.source import build_source
 from ftcli.quantize.method import Spec, check_package
 from ftcli.quantize.work import SCRATCH, Quantized, Quantizing
-from ftcli.store.file import (
-    bring_back,
-    make_folder,
-    staged_folder,
-)
+from ftcli.store.file import bring_back, make_folder, staged_folder
 from ftcli.store.output import check_outside, check_replaceable, read_output
 from ftcli.store.run import find_owner, locked, read_manifest, update_manifest
 
@@ -74,7 +69,6 @@ def quantize(
         expected = work.expect(documents)
         work.make(plan, rows, folder)
         made = work.finish(plan, rows, expected, folder, final, verifies=verifies)
-        shutil.rmtree(scratch)
     record_result(found, final, made)
     on_event(Saved(str(final)))
     return made

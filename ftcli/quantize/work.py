@@ -34,14 +34,7 @@ from ftcli.quantize.layout import build_quantization_config, read_rounded
 from ftcli.quantize.method import Spec
 from ftcli.quantize.plan import USUAL_GROUPS, Plan, plan_quantization
 from ftcli.quantize.verify import Expected, Verification, record_source, verify_folder
-from ftcli.store.file import (
-    check_free,
-    describe_files,
-    disk_errors,
-    read_json,
-    write_json,
-    write_text,
-)
+from ftcli.store.file import check_free, describe_files, disk_errors, read_json, write_json, write_text
 from ftcli.store.output import MANIFEST
 from ftcli.store.shard import save_tensors
 from ftcli.store.target import ModelFiles
@@ -213,11 +206,12 @@ class Quantizing:
         *,
         verifies: bool = True,
     ) -> Quantized:
-        """What came of it, which is verified; card and manifest lie in ``folder``, which is going to be ``final``."""
+        """What came of it, verified; card and manifest lie in ``folder``, which is to be ``final``, and no scratch."""
         found = None
         if verifies:
             files = ModelFiles(str(final), folder)
             found = verify_folder(folder, plan, expected, lambda: load_plain(files, self.target.section), self.on_event)
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
         size_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         made = Quantized(
             source=self.target.name,
@@ -239,8 +233,7 @@ class Quantizing:
         datasets = [Path(section.path).name for section in recipe.datasets] if recipe else []
         card = build_card(self.target.title, manifest, plan.spec.method, found, datasets=datasets)
         write_text(folder / "README.md", card)
-        listed = {name: entry for name, entry in describe_files(folder).items() if not name.startswith(SCRATCH)}
-        write_json(folder / MANIFEST, {**manifest, "files": listed})
+        write_json(folder / MANIFEST, {**manifest, "files": describe_files(folder)})
         return made
 
     @property
