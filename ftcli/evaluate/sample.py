@@ -129,7 +129,8 @@ def load_file_rows(
     """
     documents = choose_documents(load_file_set(path, Reading(renderer)).documents, most_tokens, context)
     if not documents:
-        raise ContentError("no row of it has a token that would be trained on, and fits the context", where=path)
+        what = "no row of it has a token that would be trained on, and fits the context"
+        raise ContentError(what, where=path, hint="name other rows to compare on: --data FILE; or --no-verify")
     return {"data": documents}
 
 

@@ -423,3 +423,16 @@ def test_rows_to_compare_on_are_read_before_anything_is_made(
     result = invoke(str(tiny_model), "--compare", "nf4", *words)
     assert result.exit_code == 2, result.output
     assert text in result.output
+
+
+def test_rows_longer_than_the_context_are_cut_for_rounding_and_not_for_comparing(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "long.jsonl"
+    turns = [{"role": "user", "content": "fox " * 600}, {"role": "assistant", "content": "yes"}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n")
+    words = (str(tiny_model), "--method", "gptq", "--calibration", str(rows), *FITTED, "-o", str(tmp_path / "out"))
+    result = invoke(*words)
+    assert result.exit_code == 3
+    assert "--no-verify" in result.output
+    assert invoke(*words, "--no-verify").exit_code == 0
