@@ -60,7 +60,7 @@ def explain_kept(made: Compared) -> VerificationFailed | None:
 
 def _list_verification(found: Verification | None) -> Iterator[str]:
     if found is None or found.problem or found.verdict is None:
-        text = "no" if found is None else found.problem or "its files are sound; it was not compared with its source"
+        text = "no" if found is None else found.problem or f"its files are sound; not compared: {found.skipped}"
         yield f"  {'verified':<12} {text}"
         return
     verdict, kl = found.verdict, found.verdict.comparison

@@ -272,7 +272,7 @@ class _Comparison:
         make_folder(folder)
         plan, calibration = self.plans[name], self.calibrations[name]
         self.work.make(plan, calibration, folder)
-        self.work.finish(plan, calibration, None, folder, folder, verifies=False)
+        self.work.finish(plan, calibration, "", folder, folder, verifies=False)
         return folder
 
     def _draft(self) -> Draft:

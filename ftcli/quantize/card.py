@@ -56,7 +56,7 @@ def _describe(found: Verification | None) -> list[str]:
     if found.problem:
         return [f"**Failed**: {found.problem}."]
     if found.verdict is None:
-        return ["Its files are sound; it was not compared with its source."]
+        return [f"Its files are sound; it was not compared with its source: {found.skipped}."]
     verdict = found.verdict
     kl = verdict.comparison
     cells = [str(kl.n_tokens), f"{kl.kl:.5f}", f"{verdict.most_kl:.3f}", f"{kl.top1:.2%}"]

@@ -32,7 +32,7 @@ _WORST = 5  # blocks that are told of
 class Verification:
     """What came of it: ``problem`` is what is wrong with the folder itself, empty for a sound one.
 
-    ``verdict`` is None where nothing was compared; ``worst`` are the blocks that lost most, the worst first, of which
+    ``verdict`` is None where nothing was compared, and ``skipped`` says why; ``worst`` are the blocks that lost most, the worst first, of which
     none may lose more than ``most_error``.
     """
 
@@ -40,6 +40,7 @@ class Verification:
     problem: str = ""
     worst: tuple[BlockError, ...] = ()
     most_error: float = inf
+    skipped: str = ""
 
     @property
     def has_passed(self) -> bool:
@@ -57,7 +58,8 @@ class Verification:
         found = self.verdict.to_json() if self.verdict else {}
         worst = [{"name": block.name, "error": block.error} for block in self.worst if isfinite(block.error)]
         figures = {name: found.get(name) for name in names}
-        return {**figures, "worst": worst, "passed": self.has_passed, "problem": self.problem or None}
+        reasons = {"problem": self.problem or None, "skipped": self.skipped or None}
+        return {**figures, "worst": worst, "passed": self.has_passed, **reasons}
 
 
 @dataclass(frozen=True)
@@ -95,22 +97,22 @@ def record_source(
 
 
 def verify_folder(
-    folder: Path, plan: Plan, expected: Expected | None, open_result: Callable[[], Any], on_event: OnEvent
+    folder: Path, plan: Plan, expected: Expected | str, open_result: Callable[[], Any], on_event: OnEvent
 ) -> Verification:
     """What the folder is worth.
 
     Args:
         folder: the quantised model.
         plan: what it should hold.
-        expected: of its source; None compares nothing.
+        expected: of its source; or why nothing is compared with it.
         open_result: loads it.
         on_event: told of stages and progress, and why nothing was compared.
     """
     on_event(Stage("verify", plan.spec.title))
     if problem := find_problem(folder, plan):
         return Verification(problem=problem)
-    if expected is None:
-        return Verification()
+    if isinstance(expected, str):
+        return Verification(skipped=expected)
     try:
         backend = TorchBackend(open_result(), expected.renderer)
         found = compare(expected.recording, backend, expected.documents, **measure_options(on_event))
@@ -122,8 +124,9 @@ def verify_folder(
     except Exception as error:
         if not is_lack_of_memory(error):
             raise
-        on_event(Notice("the result does not fit in memory: it is not compared with its source"))
-        return Verification()
+        skipped = "the result does not fit in memory"
+        on_event(Notice(f"{skipped}: it is not compared with its source"))
+        return Verification(skipped=skipped)
     limit = find_limit(plan.spec, found.loss_source, expected.kl_base, is_4bit=expected.is_4bit)
     return Verification(Verdict(found, expected.kl_base, limit), "", worst, find_block_limit(plan.spec))
 

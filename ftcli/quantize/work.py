@@ -153,10 +153,10 @@ class Quantizing:
             hint = "fewer or shorter windows: --samples 32 --seq-len 512; or --method nf4, a weight at a time"
             raise MemoryExhausted(what, why=lack, hint=hint)
 
-    def expect(self, documents: Sequence[Rendered]) -> Expected | None:
-        """What results are held against; None without rows, or where the source does not fit in memory."""
+    def expect(self, documents: Sequence[Rendered]) -> Expected | str:
+        """What results are held against; or why they cannot be: there are no rows, or too little memory."""
         if not documents:
-            return None
+            return "there are no rows to compare on"
         is_4bit = self.target.quantization is not None
         n_parameters = sum(tensor.n_values for tensor in self.stream.tensors)
         try:
@@ -173,7 +173,7 @@ class Quantizing:
             if not is_lack_of_memory(error):
                 raise
             self.on_event(Notice(f"the source does not fit in memory, so nothing is compared: {error}"))
-            return None
+            return f"the source does not fit in memory: {error}"
         finally:
             release_models()
 
@@ -200,7 +200,7 @@ class Quantizing:
         self,
         plan: Plan,
         calibration: Calibration | None,
-        expected: Expected | None,
+        expected: Expected | str,
         folder: Path,
         final: Path,
         *,

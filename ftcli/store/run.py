@@ -198,7 +198,7 @@ def locked(run: RunFolder) -> Iterator[None]:
             raise DiskError(
                 "another process works in this folder",
                 where=str(run.path),
-                hint="wait for it, or set another output_dir",
+                hint="wait for it, or choose another folder",
             ) from error
         _sweep_leftovers(run)
         yield

@@ -282,6 +282,15 @@ def test_the_lack_of_memory_is_told_before_work(run: RunFolder, monkeypatch: pyt
     assert "quantize" not in stages
 
 
+def test_json_says_why_nothing_was_compared(tiny_model: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = json.loads(invoke(str(tiny_model), "--method", "nf4", "--json").stdout)
+    assert (document["verify"]["kl"], document["verify"]["skipped"]) == (None, "there are no rows to compare on")
+    monkeypatch.setattr(work, "explain_lack", lambda n, dtype: "it takes 99.0 GB in memory, and 1.0 are free")
+    found = json.loads(invoke("run", "--method", "nf4", "--json").stdout)["verify"]
+    assert found["skipped"] == "the source does not fit in memory: it takes 99.0 GB in memory, and 1.0 are free"
+    assert found["passed"] is True
+
+
 @pytest.mark.slow
 def test_a_quantised_folder_answers(run: RunFolder) -> None:
     """`ftcli chat` and `ftcli eval` take it as they take any model."""
