@@ -32,7 +32,7 @@ _WORST = 5  # blocks that are told of
 class Verification:
     """What came of it: ``problem`` is what is wrong with the folder itself, empty for a sound one.
 
-    ``verdict`` is None where nothing was compared, and ``skipped`` says why; ``worst`` are the blocks that lost most, the
+    ``verdict`` is None where nothing was compared, ``skipped`` says why; ``worst`` are the blocks that lost most, the
     worst first, of which none may lose more than ``most_error``.
     """
 
