@@ -100,7 +100,8 @@ def quantize(
 
             forms = find_forms(compare.split(","), options)
             most_bytes = read_size(max_size) if max_size else None
-            made = compare_forms(target, forms, chosen=method, most_bytes=most_bytes, **places, on_event=on_event)
+            chosen = method.strip().lower() if method else None
+            made = compare_forms(target, forms, chosen=chosen, most_bytes=most_bytes, **places, on_event=on_event)
             show = console.show_compared
         else:
             if method is None or max_size:
