@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -33,8 +32,8 @@ FORMS: dict[str, list[str]] = {
     "gptq, tune 0": ["quantize", "--method", "gptq", "--tune", "0"],
     "gptq": ["quantize", "--method", "gptq"],
     "gptq, 8 bits": ["quantize", "--method", "gptq", "--bits", "8", "--tune", "0"],
+    "awq, tune 0": ["quantize", "--method", "awq", "--tune", "0"],
     "awq": ["quantize", "--method", "awq"],
-    "awq, tune 50": ["quantize", "--method", "awq", "--tune", "50"],
     "q4_k_m": ["export", "--gguf", "q4_k_m"],
     "q5_k_m": ["export", "--gguf", "q5_k_m"],
     "q6_k": ["export", "--gguf", "q6_k"],
@@ -43,16 +42,15 @@ FORMS: dict[str, list[str]] = {
 _ENVIRONMENT = os.environ | {"GOMP_SPINCOUNT": "1000", "TQDM_DISABLE": "1"}
 
 
-def make(target: str, words: list[str], rows: list[str], out: Path) -> tuple[Path, float]:
-    """What a form lies in, and its CPU seconds."""
+def make(target: str, words: list[str], rows: list[str], out: Path) -> float:
+    """The CPU seconds in which a form came to lie in ``out``."""
     is_fitted = "gptq" in words or "awq" in words
     command = [sys.executable, "-m", "ftcli", *words, target, *(rows if is_fitted else ())]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     options = ["--no-verify", "--quiet", "-o", str(out)]
     subprocess.run([*command, *options], env=_ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
-    return next(out.glob("*.gguf"), out), seconds
+    return used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
 
 
 def round_to_nearest(target: Path, out: Path) -> None:
@@ -74,26 +72,32 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--limit", type=int, default=40)
+    parser.add_argument("--limit", type=int, default=12, help="rows that are compared")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "ftcli-quantize", help="where the forms lie"
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "quantize-cpu.json")
     arguments = parser.parse_args()
     rows = ["--calibration", arguments.calibration]
     rows += ["--samples", str(arguments.samples), "--seq-len", str(arguments.seq_len)]
-    with tempfile.TemporaryDirectory(prefix="ftcli-quantize-") as folder:
-        scratch = Path(folder)
-        made: dict[str, dict[str, Any]] = {}
-        paths = []
-        for i, (name, words) in enumerate(FORMS.items()):
-            started = time.time()
-            path, seconds = make(arguments.target, words, rows, scratch / str(i))
-            made[name] = {"cpu_seconds": seconds, "seconds": time.time() - started}
-            paths.append(str(path))
-            print(f"{name:<14} {seconds:8.1f} CPU s", file=sys.stderr, flush=True)
-        round_to_nearest(Path(arguments.target), scratch / "rtn")
-        made["rtn"] = {}
-        command = [sys.executable, "-m", "ftcli", "eval", arguments.target, *paths, str(scratch / "rtn")]
-        command += ["--data", arguments.data, "--limit", str(arguments.limit), "--json", "--quiet"]
-        done = subprocess.run(command, env=_ENVIRONMENT, check=True, capture_output=True, text=True)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    known = arguments.folder / "made.json"  # a form that lies there is not made again
+    made: dict[str, dict[str, Any]] = json.loads(known.read_text()) if known.exists() else {}
+    paths = []
+    for i, (name, words) in enumerate(FORMS.items()):
+        out = arguments.folder / str(i)
+        if name not in made:
+            shutil.rmtree(out, ignore_errors=True)
+            made[name] = {"cpu_seconds": make(arguments.target, words, rows, out)}
+            known.write_text(json.dumps(made, indent=2) + "\n")
+        paths.append(str(next(out.glob("*.gguf"), out)))
+        print(f"{name:<14} {made[name]['cpu_seconds']:8.1f} CPU s", file=sys.stderr, flush=True)
+    if not (arguments.folder / "rtn").exists():
+        round_to_nearest(Path(arguments.target), arguments.folder / "rtn")
+    made["rtn"] = {}
+    command = [sys.executable, "-m", "ftcli", "eval", arguments.target, *paths, str(arguments.folder / "rtn")]
+    command += ["--data", arguments.data, "--limit", str(arguments.limit), "--max-length", "1024", "--json", "--quiet"]
+    done = subprocess.run(command, env=_ENVIRONMENT, check=True, capture_output=True, text=True)
     board = json.loads(done.stdout)
     source, *others = board["targets"]
     for (name, entry), found in zip(made.items(), others, strict=True):

@@ -254,7 +254,7 @@ def render_template(name: str) -> str:
 
 _FORMS = {"rtn": "round to nearest, 4 bits", "gptq": "GPTQ", "awq": "AWQ", "nf4": "NF4", "int8": "int8"}
 _FORMS |= {"gptq, tune 0": "GPTQ, nothing learned", "gptq, 8 bits": "GPTQ in 8 bits"}
-_FORMS |= {"awq, tune 50": "AWQ, 50 steps learned"}
+_FORMS |= {"awq, tune 0": "AWQ, nothing learned"}
 FIGURES: dict[str, Callable[..., str | None]] = {
     "quantization": tabulate_quantization,
     "count": count,

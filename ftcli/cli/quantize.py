@@ -39,7 +39,7 @@ Tune = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="gptq, awq: steps in which each block learns its rounding. Default: 50, of awq 0.",
+        help="gptq, awq: steps in which each block learns its rounding. Default: 50.",
         show_default=False,
     ),
 ]

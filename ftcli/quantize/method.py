@@ -43,7 +43,7 @@ _BNB_LOADERS = (
 )
 METHODS = {
     "gptq": Method("gptq", "GPTQ", (4, 8, 2), True, 50, "auto_round", _PACKED_LOADERS),
-    "awq": Method("awq", "AWQ", (4,), True, 0, "auto_round", _PACKED_LOADERS),
+    "awq": Method("awq", "AWQ", (4,), True, 50, "auto_round", _PACKED_LOADERS),
     "nf4": Method("nf4", "NF4", (4,), False, 0, "bitsandbytes", _BNB_LOADERS),
     "int8": Method("int8", "LLM.int8", (8,), False, 0, "bitsandbytes", _BNB_LOADERS[:1] + _BNB_LOADERS[2:]),
 }

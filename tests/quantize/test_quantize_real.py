@@ -40,7 +40,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("int8", {}, 0.04, 9.8),
         ("nf4", {}, 0.35, 6.7),
-        ("awq", {"samples": 4, "seq_len": 256}, 0.3, 6.8),
+        ("awq", {"samples": 4, "seq_len": 256, "tune": 0}, 0.3, 6.8),
         ("gptq", {"samples": 4, "seq_len": 256, "tune": 0}, 0.4, 6.9),
     ],
 )
