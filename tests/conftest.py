@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,37 @@ def make_adapter(tmp_path: Path, tiny_tokenizer: Any) -> Any:
         return base, adapter
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Any:
+    """A finished run that held some rows out, trained once; no test writes into it."""
+    import yaml
+
+    from ftcli.train.run import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    for name, n in (("train.jsonl", 12), ("held_out.jsonl", 4)):
+        turns = [("user", "question {}"), ("assistant", "answer {}")]
+        rows = [[{"role": role, "content": text.format(i * 7 % 10)} for role, text in turns] for i in range(n)]
+        (folder / name).write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    recipe = {
+        "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
+        "peft": {"r": 4, "lora_alpha": 8},
+        "datasets": [{"path": "train.jsonl"}],
+        "eval": {"datasets": [{"path": "held_out.jsonl"}], "score": "exact_match", "max_new_tokens": 8},
+        "data": {"max_length": 128, "packing": False},
+        "train": {"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4},
+        "output_dir": str(folder / "run"),
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return train(folder / "recipe.yaml")
+
+
+@pytest.fixture
+def run(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A copy of that run at ``run`` in the current folder."""
+    from ftcli.store.run import RunFolder
+
+    monkeypatch.chdir(tmp_path)
+    return RunFolder(shutil.copytree(trained.path, tmp_path / "run"))

@@ -59,6 +59,8 @@ def explain_kept(made: Compared) -> VerificationFailed | None:
 
 
 def _list_verification(found: Verification | None) -> Iterator[str]:
+    from ftcli.quantize.card import list_worst
+
     if found is None or found.problem or found.verdict is None:
         text = "no" if found is None else found.problem or f"its files are sound; not compared: {found.skipped}"
         yield f"  {'verified':<12} {text}"
@@ -68,8 +70,7 @@ def _list_verification(found: Verification | None) -> Iterator[str]:
     yield f"  {'lost':<12} KL {kl.kl:.4f} of {verdict.most_kl:.2f} nats allowed, top-1 {kl.top1:.1%}{failed}"
     yield f"  {'perplexity':<12} {kl.ppl_source:.4g} → {kl.ppl_result:.4g} on {kl.n_tokens:,} tokens"
     if found.worst:
-        worst = ", ".join(f"{block.name} {block.error:.1%}" for block in found.worst[:2])
-        yield f"  {'worst blocks':<12} {worst}"
+        yield f"  {'worst blocks':<12} {list_worst(found, 2)}"
 
 
 def explain_failure(made: Quantized) -> VerificationFailed | None:

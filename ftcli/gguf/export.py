@@ -29,7 +29,7 @@ from ftcli.gguf.modelfile import build_modelfile
 from ftcli.gguf.original import draft_gguf
 from ftcli.gguf.output import Output, find_output
 from ftcli.gguf.verify import Expected, Verification, record_source, verify_file
-from ftcli.gguf.vocabulary import Training, adds_bos
+from ftcli.gguf.vocabulary import adds_bos, find_training
 from ftcli.merge.source import build_source
 from ftcli.merge.stream import open_model
 from ftcli.merge.verify import MOST_TOKENS
@@ -180,10 +180,10 @@ class _ModelExport:
     def _draft_model(self) -> Draft:
         """The model under its own name, from which the files' metadata follow."""
         target = self.target
-        training = Training(target.added_tokens, target.template_kwargs) if target.is_trained else None
         folder = self.scratch / "model" / self.place.name
         try:
-            return draft_model(open_model(target, folder, self.place.folder, self.on_event), training=training)
+            stream = open_model(target, folder, self.place.folder, self.on_event)
+            return draft_model(stream, training=find_training(target))
         except FtcliError as error:
             if str(self.scratch) in error.where:  # under which name the model is only for a while
                 error.where = target.name

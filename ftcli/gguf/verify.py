@@ -13,7 +13,7 @@ from typing import Any
 from ftcli.data.chat import ChatRenderer, Rendered
 from ftcli.data.template import ChatTemplate
 from ftcli.errors import ContentError, FtcliError, UsageError, explain, is_lack_of_memory
-from ftcli.evaluate.compare import Recording, compare, record
+from ftcli.evaluate.compare import Recording, compare
 from ftcli.evaluate.llama_library import load_library
 from ftcli.evaluate.llamacpp import LlamaCppBackend, open_llama
 from ftcli.evaluate.parity import TextReader, find_misread, list_probes, spell_documents
@@ -24,7 +24,7 @@ from ftcli.gguf.kind import find_limit
 from ftcli.gguf.reader import VocabularyReader
 from ftcli.gguf.vocabulary import KNOWN_ENDS
 from ftcli.gguf.write import OutputTensor
-from ftcli.merge.verify import measure_options
+from ftcli.merge.verify import measure_options, record_subject
 from ftcli.store.file import make_folder
 from ftcli.store.gguf_header import GgufHeader, check_gguf_data
 from ftcli.store.vocabulary import read_gguf_vocabulary
@@ -102,11 +102,7 @@ def record_source(
     """
     on_event(Stage("verify", "the source"))
     make_folder(folder)
-    source = open_source()
-    recording = record(source.backend, documents, folder, **measure_options(on_event))
-    if not (measures_base and source.base):
-        return recording, None
-    return recording, compare(recording, source.base.backend, documents, **measure_options(on_event)).kl
+    return record_subject(open_source(), documents, folder, on_event, measures_base=measures_base)
 
 
 def verify_file(

@@ -29,6 +29,7 @@ from typing import Any
 
 from ftcli.data.chat import ChatRenderer
 from ftcli.errors import ContentError
+from ftcli.evaluate.target import Target
 from ftcli.gguf.family import Family
 from ftcli.gguf.piece_model import read_pieces
 from ftcli.gguf.pre_tokenizer import find_pre_tokenizer, refuse_tokenizer
@@ -69,6 +70,11 @@ class Training:
 
     added_tokens: Sequence[str] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_training(target: Target) -> Training | None:
+    """What the target says of its training; None if ftcli did not train it."""
+    return Training(target.added_tokens, target.template_kwargs) if target.is_trained else None
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from ftcli.gguf.draft import KINDS, Draft, draft_model
 from ftcli.gguf.export import Exported, export
 from ftcli.gguf.kind import find_kinds
 from ftcli.gguf.output import find_output
-from ftcli.gguf.vocabulary import Training
+from ftcli.gguf.vocabulary import find_training
 from ftcli.jobs.contender import find_contender
 from ftcli.jobs.entry import Measure, list_entries
 from ftcli.jobs.evaluate import Scoreboard, Standing, evaluate_targets
-from ftcli.quantize.calibration import Calibration, read_source
+from ftcli.quantize.calibration import Calibration, choose_rows
 from ftcli.quantize.method import METHODS, Spec, build_spec, check_package
 from ftcli.quantize.plan import Plan
 from ftcli.quantize.run import check_output, name_output, open_source, publishing, record_result
@@ -38,13 +38,12 @@ Form = Spec | str  # a method with its options, or a type of GGUF file
 
 @dataclass(frozen=True)
 class Compared:
-    """What came of it: ``names`` are the forms in the order of ``scoreboard.standings``, after the source's own.
+    """What came of it: the source comes first in ``scoreboard``, then the forms as they were named.
 
     ``kept`` names the one that was kept, ``made`` is that; both are None where none was to be.
     """
 
     source: str
-    names: tuple[str, ...]
     scoreboard: Scoreboard
     kept: str | None = None
     made: Quantized | Exported | None = None
@@ -134,8 +133,8 @@ def compare_forms(
         work.prepare(calibration, most_bytes)
         board = work.measure(wanted)
         kept = work.choose(board, chosen, most_bytes) if keeps else None
-        made = work.keep(kept, output, data, calibration, overwrite=overwrite) if kept else None
-    return Compared(found.name, tuple(forms), board, kept, made)
+        made = work.keep(kept, output, wanted.data, calibration, overwrite=overwrite) if kept else None
+    return Compared(found.name, board, kept, made)
 
 
 def read_size(text: str) -> int:
@@ -172,7 +171,7 @@ class _Comparison:
         self.target, self.forms, self.scratch, self.on_event = target, forms, scratch, on_event
         self.work = Quantizing(target, scratch, scratch, on_event)
         self.plans: dict[str, Plan] = {}
-        self.calibrations: dict[str, Calibration | None] = {}
+        self.calibration: Calibration | None = None
         self.draft: Draft | None = None
 
     def prepare(self, calibration: str | None, most_bytes: int | None) -> None:
@@ -181,9 +180,9 @@ class _Comparison:
         for name, form in self.forms.items():
             if isinstance(form, Spec):
                 plan = self.plans[name] = self.work.plan(form)
-                rows = calibration if form.method.is_fitted else None
-                self.calibrations[name] = self.work.calibrate(form, rows)
-                self.work.check_room(plan, self.calibrations[name], ())
+                if form.method.is_fitted and self.calibration is None:
+                    self.calibration = self.work.calibrate(form, calibration)
+                self.work.check_room(plan, self._find_calibration(form), ())
                 sizes[name] = plan.size_bytes
             else:
                 sizes[name] = self._draft().measure_bytes(form)
@@ -200,10 +199,7 @@ class _Comparison:
         Raises:
             FtcliError: there are no rows, or they cannot be read.
         """
-        recipe, source = self.target.recipe, read_source(self.target, calibration)[1]
-        if data is None and recipe is None and source is not None:
-            self.on_event(Notice("compared on the rows that rounding is fitted to: name others with --data FILE"))
-            data = source
+        recipe, (_, data) = self.target.recipe, choose_rows(self.target, data, calibration, self.on_event)
         wanted = Measure(data=data, limit=_MOST_ROWS)
         if recipe and recipe.eval and recipe.eval.score and data is None:
             asked = recipe.eval
@@ -257,7 +253,7 @@ class _Comparison:
         with publishing(self.target, final, overwrite=overwrite) as folder:
             for path in sorted((self.scratch / name).iterdir()):
                 shutil.move(path, folder / path.name)
-            made = self.work.finish(self.plans[name], self.calibrations[name], expected, folder, final)
+            made = self.work.finish(self.plans[name], self._find_calibration(form), expected, folder, final)
         record_result(self.target, final, made)
         self.on_event(Saved(str(final)))
         return made
@@ -270,16 +266,18 @@ class _Comparison:
             return convert(self._draft(), path, kind=form, on_event=self.on_event).path
         folder = self.scratch / name
         make_folder(folder)
-        plan, calibration = self.plans[name], self.calibrations[name]
+        plan, calibration = self.plans[name], self._find_calibration(form)
         self.work.make(plan, calibration, folder)
         self.work.finish(plan, calibration, "", folder, folder, verifies=False)
         return folder
 
+    def _find_calibration(self, spec: Spec) -> Calibration | None:
+        """The one of all methods that are fitted to rows; None for the others."""
+        return self.calibration if spec.method.is_fitted else None
+
     def _draft(self) -> Draft:
         if self.draft is None:
-            target = self.target
-            training = Training(target.added_tokens, target.template_kwargs) if target.is_trained else None
-            self.draft = draft_model(self.work.stream, name=target.title, training=training)
+            self.draft = draft_model(self.work.stream, name=self.target.title, training=find_training(self.target))
         return self.draft
 
 

@@ -85,6 +85,11 @@ class ModelStream:
         return load_tokenizer(self.files)
 
     @property
+    def n_parameters(self) -> int:
+        """Of all weights."""
+        return sum(tensor.n_values for tensor in self.tensors)
+
+    @property
     def files(self) -> ModelFiles:
         """The folder, as what loads models takes it."""
         return ModelFiles(self.name or str(self.folder), self.folder)
@@ -135,7 +140,7 @@ def open_folder(folder: Path, section: ModelSection | None = None, name: str = "
         )
     weights = open_stored(files, build_skeleton(files, section or ModelSection(name_or_path=str(folder))))
     entries = sorted(weights.entries.items(), key=lambda pair: (pair[1].file, pair[1].name))
-    tensors = [StreamTensor(name, entry.shape, partial(_read, weights, name)) for name, entry in entries]
+    tensors = [StreamTensor(weight, entry.shape, partial(_read, weights, weight)) for weight, entry in entries]
     return ModelStream(folder, tuple(tensors), name)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ftcli.data.chat import Rendered
-from ftcli.evaluate.compare import Comparison, compare, record
+from ftcli.evaluate.compare import Comparison, Recording, compare, record
 from ftcli.evaluate.loss import compute_perplexity
 from ftcli.evaluate.subject import Subject, TorchBackend
 from ftcli.evaluate.verdict import Verdict
@@ -75,6 +75,16 @@ def measure_options(on_event: OnEvent) -> dict[str, Any]:
     }
 
 
+def record_subject(
+    source: Subject, documents: Sequence[Rendered], folder: Path, on_event: OnEvent, *, measures_base: bool = True
+) -> tuple[Recording, float | None]:
+    """What ``source`` says of ``documents``, in files of ``folder``; how far it is from its base, if it has one."""
+    recording = record(source.backend, documents, folder, **measure_options(on_event))
+    if not (measures_base and source.base):
+        return recording, None
+    return recording, compare(recording, source.base.backend, documents, **measure_options(on_event)).kl
+
+
 def verify_models(
     open_source: Callable[[], Subject],
     open_result: Callable[[], Any],
@@ -100,22 +110,21 @@ def verify_models(
     options = measure_options(on_event)
     on_event(Stage("verify", "the adapter on its base"))
     source = open_source()
-    renderer, recordings, distances = source.renderer, {}, {}
+    renderer, recorded = source.renderer, {}
     for name, documents in sets.items():
         folder = scratch / name
         make_folder(folder)
-        recordings[name] = record(source.backend, documents, folder, **options)
-        if source.base:
-            distances[name] = compare(recordings[name], source.base.backend, documents, **options).kl
+        recorded[name] = record_subject(source, documents, folder, on_event)
     del source
     release_models()
 
     def judge(model: Any) -> dict[str, Verdict]:
         backend = TorchBackend(model, renderer)
-        return {
-            name: Verdict(compare(recordings[name], backend, documents, **options), distances.get(name))
-            for name, documents in sets.items()
-        }
+        verdicts = {}
+        for name, documents in sets.items():
+            recording, kl_base = recorded[name]
+            verdicts[name] = Verdict(compare(recording, backend, documents, **options), kl_base)
+        return verdicts
 
     on_event(Stage("verify", "the merged model"))
     model = open_result()

@@ -98,6 +98,17 @@ def read_source(target: Target, source: str | None) -> tuple[Target, str | None]
     return target, source
 
 
+def choose_rows(
+    target: Target, data: str | None, calibration: str | None, on_event: OnEvent
+) -> tuple[Target, str | None]:
+    """Whose rows models are compared on: ``data``, the run's own, else those that rounding is fitted to."""
+    known, source = read_source(target, calibration)
+    if data is None and known.recipe is None and source is not None:
+        on_event(Notice("compared on the rows that rounding is fitted to: name others with --data FILE"))
+        data = source
+    return known, data
+
+
 def _load_documents(target: Target, source: str | None) -> tuple[Documents, str]:
     """The documents, and what they are called."""
     known, path = read_source(target, source)

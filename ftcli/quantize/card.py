@@ -9,16 +9,13 @@ from ftcli.merge.card import build_front
 from ftcli.quantize.method import Method
 from ftcli.quantize.verify import Verification
 
-_USE = {
-    "vLLM": ("vllm serve .",),
-    "transformers": (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'path = "."  # this folder',
-        'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")',
-        "tokenizer = AutoTokenizer.from_pretrained(path)",
-    ),
-}
+_LOAD = (
+    "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "",
+    'path = "."  # this folder',
+    'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")',
+    "tokenizer = AutoTokenizer.from_pretrained(path)",
+)
 _MEANING = (
     "KL is how far the next-token distribution of this model is from that of its source, in nats per trained token,",
     "and the bound is what the method may lose; top-1 is the share of tokens for which both find the same one the most",
@@ -45,7 +42,7 @@ def build_card(
         lines += [f"Rounding was fitted to {calibration['text']}{tuned}.", ""]
     lines += ["## Verification", "", *_describe(found), "", "## Use", "", "| loads it | needs |", "|---|---|"]
     lines += [f"| {loader} | `{needs}` |" for loader, needs in method.loaders]
-    lines += ["", "```python", *_USE["transformers"], "```", "", "```console", *(f"$ {x}" for x in _USE["vLLM"]), "```"]
+    lines += ["", "```python", *_LOAD, "```", "", "```console", "$ vllm serve .", "```"]
     lines += ["", "On a GPU without bfloat16 (before Ampere) add `--dtype half`."] if method.is_fitted else []
     return "\n".join([*lines, ""])
 
@@ -72,6 +69,6 @@ def _describe(found: Verification | None) -> list[str]:
     return [*lines, *failed, *_MEANING]
 
 
-def list_worst(found: Verification) -> str:
-    """``model.layers.2 8.1 %, model.layers.0 7.7 %``."""
-    return ", ".join(f"{block.name} {block.error:.1%}" for block in found.worst[:3])
+def list_worst(found: Verification, n: int = 3) -> str:
+    """``model.layers.2 8.1%, model.layers.0 7.7%``, of at most ``n`` blocks."""
+    return ", ".join(f"{block.name} {block.error:.1%}" for block in found.worst[:n])

@@ -25,6 +25,7 @@ from ftcli.store.shard import PlannedTensor, measure_shards
 USUAL_GROUPS = (128, 64, 32)  # which the kernels of vLLM read
 _MULTIPLE = 32  # of rows and columns: what is packed into words of 32 bits, and what auto-round packs at all
 _NF4_BLOCK, _NESTED_BLOCK = 64, 256  # bitsandbytes: quantize_4bit, and of its scales
+STATE = "quant_state.bitsandbytes__nf4"  # the text of QuantState.as_dict, whose length follows from what it says
 _STATE_BYTES = 128  # of the JSON text that bitsandbytes writes for each weight, about
 
 
@@ -92,8 +93,7 @@ def plan_quantization(stream: ModelStream, skeleton: Any, spec: Spec, dtype: tor
             tensors += _list_packed(layer, spec, group_size)
         else:
             tensors.append(PlannedTensor(tensor.name, DTYPE_NAMES[dtype], tensor.shape))
-    n_parameters = sum(math.prod(tensor.shape) for tensor in stream.tensors)
-    return Plan(spec, group_size, tuple(layers), tuple(tensors), dtype, n_parameters)
+    return Plan(spec, group_size, tuple(layers), tuple(tensors), dtype, stream.n_parameters)
 
 
 def list_fitted_layers(skeleton: Any) -> list[Layer]:
@@ -181,6 +181,3 @@ def _list_packed(layer: Layer, spec: Spec, group_size: int) -> Iterator[PlannedT
         yield PlannedTensor(f"{name}.weight.nested_absmax", "F32", (math.ceil(n_blocks / _NESTED_BLOCK),))
         yield PlannedTensor(f"{name}.weight.nested_quant_map", "F32", (256,))
         yield PlannedTensor(f"{name}.weight.{STATE}", "U8", (_STATE_BYTES,))
-
-
-STATE = "quant_state.bitsandbytes__nf4"  # the text of QuantState.as_dict, whose length follows from what it says

@@ -23,8 +23,8 @@ from ftcli.store.run import find_owner, locked, read_manifest, update_manifest
 
 
 def quantize(
-    target: str | None = None,
-    spec: Spec | None = None,
+    target: str | None,
+    spec: Spec,
     *,
     base: str | None = None,
     calibration: str | None = None,
@@ -51,7 +51,6 @@ def quantize(
         FtcliError: with the exit code of what happened; nothing stands under the final name then. A result that
             failed its verification is there: its ``verification`` says so.
     """
-    assert spec is not None
     check_package(spec.method)
     found = open_source(target, base)
     final = read_output(output) if output else name_output(found, spec)

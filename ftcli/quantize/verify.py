@@ -14,11 +14,11 @@ from typing import Any
 from ftcli.data.chat import ChatRenderer, Rendered
 from ftcli.errors import ContentError, explain, is_lack_of_memory
 from ftcli.evaluate.block import BlockError, BlockRecording, compare_blocks, record_blocks
-from ftcli.evaluate.compare import Recording, compare, record
+from ftcli.evaluate.compare import Recording, compare
 from ftcli.evaluate.subject import Subject, TorchBackend
 from ftcli.evaluate.verdict import Verdict
 from ftcli.events import Notice, OnEvent, Stage
-from ftcli.merge.verify import measure_options
+from ftcli.merge.verify import measure_options, record_subject
 from ftcli.quantize.method import find_block_limit, find_limit
 from ftcli.quantize.plan import STATE, Plan
 from ftcli.store.file import make_folder
@@ -89,10 +89,8 @@ def record_source(
     on_event(Stage("verify", "the source"))
     make_folder(folder)
     source = open_source()
-    options = measure_options(on_event)
-    recording = record(source.backend, documents, folder, **options)
+    recording, kl_base = record_subject(source, documents, folder, on_event)
     blocks = record_blocks(source.backend, documents) if isinstance(source.backend, TorchBackend) else None
-    kl_base = compare(recording, source.base.backend, documents, **options).kl if source.base else None
     return Expected(source.renderer, documents, recording, blocks, kl_base, is_4bit)
 
 

@@ -28,7 +28,7 @@ from ftcli.merge.stream import ModelStream, open_model
 from ftcli.merge.verify import MOST_TOKENS
 from ftcli.model.base import build_skeleton, choose_device, choose_dtype
 from ftcli.quantize.bnb import describe_tensor, pack_tensors, view_bytes
-from ftcli.quantize.calibration import Calibration, load_calibration, read_source
+from ftcli.quantize.calibration import Calibration, choose_rows, load_calibration
 from ftcli.quantize.card import build_card
 from ftcli.quantize.layout import build_quantization_config, read_rounded
 from ftcli.quantize.method import Spec
@@ -130,10 +130,7 @@ class Quantizing:
 
     def load_rows(self, data: str | None, calibration: str | None) -> list[Rendered]:
         """The rows to compare on; for what is no run those of the calibration, where no others are named."""
-        target, source = read_source(self.target, calibration)
-        if data is None and target.recipe is None and source is not None:
-            self.on_event(Notice("compared on the rows that rounding is fitted to: name others with --data FILE"))
-            data = source
+        target, data = choose_rows(self.target, data, calibration, self.on_event)
         return load_best_rows(target, data, MOST_TOKENS, self.on_event, instead="only its files are checked")
 
     def check_room(self, plan: Plan, calibration: Calibration | None, documents: Sequence[Rendered]) -> None:
@@ -158,9 +155,8 @@ class Quantizing:
         if not documents:
             return "there are no rows to compare on"
         is_4bit = self.target.quantization is not None
-        n_parameters = sum(tensor.n_values for tensor in self.stream.tensors)
         try:
-            if lack := explain_lack(n_parameters // (_PACKED_RATIO if is_4bit else 1), self.compute_dtype):
+            if lack := explain_lack(self.stream.n_parameters // (_PACKED_RATIO if is_4bit else 1), self.compute_dtype):
                 raise MemoryExhausted(lack)
             return record_source(
                 lambda: open_target(self.target, on_event=self.on_event),

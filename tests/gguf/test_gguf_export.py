@@ -39,36 +39,6 @@ from ftcli.store.target import ModelFiles
 from ftcli.train.run import train
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> RunFolder:
-    """A finished run that held some rows out, trained once; no test writes into it."""
-    import yaml
-
-    folder = tmp_path_factory.mktemp("trained")
-    for name, n in (("train.jsonl", 12), ("held_out.jsonl", 4)):
-        turns = [("user", "question {}"), ("assistant", "answer {}")]
-        rows = [[{"role": role, "content": text.format(i * 7 % 10)} for role, text in turns] for i in range(n)]
-        (folder / name).write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    recipe = {
-        "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
-        "peft": {"r": 4, "lora_alpha": 8},
-        "datasets": [{"path": "train.jsonl"}],
-        "eval": {"datasets": [{"path": "held_out.jsonl"}]},
-        "data": {"max_length": 128, "packing": False},
-        "train": {"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4},
-        "output_dir": str(folder / "run"),
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return train(folder / "recipe.yaml")
-
-
-@pytest.fixture
-def run(trained: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    """A copy of that run at ``run`` in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    return RunFolder(shutil.copytree(trained.path, tmp_path / "run"))
-
-
 def invoke(*words: str) -> Any:
     return CliRunner().invoke(app, ["export", *words])
 

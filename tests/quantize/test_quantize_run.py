@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import build_model, save_model
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -23,38 +21,8 @@ from ftcli.quantize import rounding, work
 from ftcli.quantize.method import build_spec
 from ftcli.quantize.run import quantize
 from ftcli.store.run import RunFolder
-from ftcli.train.run import train
 
 FITTED = ("--samples", "4", "--seq-len", "64", "--tune", "0")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> RunFolder:
-    """A finished run that held some rows out, trained once; no test writes into it."""
-    folder = tmp_path_factory.mktemp("trained")
-    for name, n in (("train.jsonl", 12), ("held_out.jsonl", 4)):
-        turns = [("user", "question {}"), ("assistant", "answer {}")]
-        rows = [[{"role": role, "content": text.format(i * 7 % 10)} for role, text in turns] for i in range(n)]
-        (folder / name).write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    recipe = {
-        "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
-        "peft": {"r": 4, "lora_alpha": 8},
-        "datasets": [{"path": "train.jsonl"}],
-        "eval": {"datasets": [{"path": "held_out.jsonl"}], "score": "exact_match", "max_new_tokens": 8},
-        "data": {"max_length": 128, "packing": False},
-        "train": {"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4},
-        "output_dir": str(folder / "run"),
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    train(folder / "recipe.yaml")
-    return RunFolder(folder / "run")
-
-
-@pytest.fixture
-def run(trained: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    """A copy of that run at ``run`` in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    return RunFolder(shutil.copytree(trained.path, tmp_path / "run"))
 
 
 def invoke(*words: str) -> Any:
