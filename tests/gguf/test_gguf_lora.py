@@ -18,7 +18,7 @@ from make_lora import NAME
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_gguf_convert import FAMILIES, needs_llama
-from test_gguf_export import list_names, run, trained  # noqa: F401
+from test_gguf_export import list_names
 
 from ftcli.data.chat import ChatRenderer, Rendered
 from ftcli.errors import ContentError, DiskError, UsageError
@@ -232,7 +232,7 @@ def test_an_unknown_family_is_named(tmp_path: Path, make_adapter: Any) -> None:
 
 
 @needs_llama
-def test_a_run_is_measured_and_told(run: RunFolder) -> None:  # noqa: F811
+def test_a_run_is_measured_and_told(run: RunFolder) -> None:
     made = export_adapter("run")
     folder = run.path / "gguf"
     assert (made.source, made.path) == ("run", Path("run/gguf/run-F32-LoRA.gguf"))
@@ -324,7 +324,7 @@ def test_what_cannot_be_compared_is_told(
     assert any(isinstance(event, Notice) and words in event.text for event in told)
 
 
-def test_another_chat_template_is_told(run: RunFolder) -> None:  # noqa: F811
+def test_another_chat_template_is_told(run: RunFolder) -> None:
     told: list[Event] = []
     export_adapter("run", verifies=False, on_event=told.append)
     assert not [event for event in told if isinstance(event, Notice)]
@@ -335,7 +335,7 @@ def test_another_chat_template_is_told(run: RunFolder) -> None:  # noqa: F811
     assert any(isinstance(event, Notice) and "another chat template" in event.text for event in told)
 
 
-def test_an_interruption_leaves_nothing(run: RunFolder) -> None:  # noqa: F811
+def test_an_interruption_leaves_nothing(run: RunFolder) -> None:
     def stop(event: Event) -> None:
         if isinstance(event, Progress) and event.stage == "verify":
             raise KeyboardInterrupt
