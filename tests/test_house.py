@@ -15,6 +15,7 @@ ROOMS = [
     "store",
     "data",
     "model",
+    "fused",
     "evaluate",
     "train",
     "merge",
@@ -23,7 +24,7 @@ ROOMS = [
     "jobs",
     "cli",
 ]
-STRANGERS = {frozenset({"recipe", "store"}), frozenset({"data", "model"})}
+STRANGERS = {frozenset({"recipe", "store"}), frozenset({"data", "model"}), frozenset({"data", "fused"})}
 LIGHT = {"errors", "events", "recipe", "store", "cli"}
 HEAVY = {
     "torch",

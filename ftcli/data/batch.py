@@ -40,6 +40,10 @@ class Batch:
     def n_tokens(self) -> int:
         return self.input_ids.shape[1]
 
+    def list_lengths(self) -> list[int]:
+        """Tokens of each document."""
+        return self.cu_seqlens.diff().tolist()
+
     def count_targets(self) -> list[int]:
         """Trained tokens of each document."""
         is_target = self.labels[0].cpu() != IGNORE_LABEL

@@ -19,6 +19,7 @@ from ftcli.data.batch import IGNORE_LABEL, Batch, build_batch
 from ftcli.data.chat import Rendered
 from ftcli.data.documents import Documents
 from ftcli.errors import ContentError
+from ftcli.fused.layer import is_fused, unwrap
 
 
 def compute_loss_sum(model: Any, batch: Batch) -> torch.Tensor:
@@ -27,7 +28,7 @@ def compute_loss_sum(model: Any, batch: Batch) -> torch.Tensor:
     The head sees only positions whose next token is learned; logits of the others are never made. No attention
     mask and no cache: then, and only then, attention is block-diagonal over the documents.
     """
-    return functional.cross_entropy(*_compute_logits(model, batch), reduction="sum")
+    return _compute_losses(model, batch).sum()
 
 
 def compute_logits(
@@ -46,11 +47,25 @@ def compute_logits(
     return _compute_logits(model, build_batch(documents).to(device))
 
 
+def _compute_losses(model: Any, batch: Batch) -> torch.Tensor:
+    """-log p of each label that is learned, in float32: (targets,)."""
+    if not is_fused(model):
+        return functional.cross_entropy(*_compute_logits(model, batch), reduction="none")
+    targets = torch.nonzero(batch.labels[0] != IGNORE_LABEL).squeeze(1)
+    return model(  # type: ignore[no-any-return]
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        documents=batch.list_lengths(),
+        rows=targets - 1,
+        labels=batch.labels[0, targets],
+    )
+
+
 def _compute_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits in float32 at the places whose next token is learned, and that token's ids: (targets, vocabulary)."""
     targets = torch.nonzero(batch.labels[0] != IGNORE_LABEL).squeeze(1)
     arguments = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-    if _keeps_logits(_unwrap(model)):
+    if _keeps_logits(unwrap(model)):
         logits = model(**arguments, logits_to_keep=targets - 1).logits[0]
     else:
         logits = model(**arguments).logits[0, targets - 1]
@@ -111,7 +126,7 @@ def measure_losses(
             check_stop()
             batch = build_batch([documents[i] for i in group]).to(device)
             counts = batch.count_targets()
-            losses = functional.cross_entropy(*_compute_logits(model, batch), reduction="none").double().cpu()
+            losses = _compute_losses(model, batch).double().cpu()
             sums += [part.sum().item() for part in torch.split(losses, counts)]
             n_targets += counts
     finally:
@@ -151,12 +166,6 @@ def group_lengths(lengths: Sequence[int], batch_tokens: int) -> Iterator[tuple[i
         size += length
     if group:
         yield tuple(group)
-
-
-def _unwrap(model: Any) -> Any:
-    while hasattr(model, "module"):
-        model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _keeps_logits(model: Any) -> bool:

@@ -22,9 +22,9 @@ from ftcli.evaluate.loss import DocumentLosses, compute_perplexity
 from ftcli.evaluate.score import score_bleu, score_rouge
 from ftcli.evaluate.subject import Backend, Subject, TorchBackend, open_plain, open_target
 from ftcli.events import Event, Notice, OnEvent, Progress, Stage, ignore_event
+from ftcli.fused.check import check_documents_apart
 from ftcli.jobs.contender import Contender, describe_base, find_contender
 from ftcli.jobs.entry import Entry, Measure, list_entries
-from ftcli.model.attention import check_documents_apart
 from ftcli.store.run import find_newest_run
 from ftcli.train.memory import release_models
 

@@ -250,6 +250,11 @@ class TrainSection(Section):
     )
     gradient_accumulation_steps: Count = Field(default=1, description="Micro-steps per optimizer step.")
     gradient_checkpointing: bool = Field(default=True, description="Compute activations twice to hold fewer of them.")
+    fused: bool = Field(
+        default=True,
+        description="LoRA, attention, norms and loss by ftcli's own fast path, where it knows the model's family; "
+        "the same result but for rounding.",
+    )
     seed: Annotated[int, Field(ge=0)] = Field(
         default=42, description="Seed of order, split, dropout and initial weights."
     )

@@ -45,6 +45,7 @@ _EFFECTS: dict[str, tuple[Kind, str]] = {
     "train.per_device_train_batch_size": ("foreign", _ROWS),
     "train.gradient_accumulation_steps": ("foreign", _ROWS),
     "train.gradient_checkpointing": ("rounding", _ROUNDING),
+    "train.fused": ("rounding", _ROUNDING),
     "train.seed": ("foreign", _ROWS),
     "eval": ("same", "the steps stay the same; measurements from here on are made as it says"),
     "eval.metric": ("course", "another step may be the best one"),

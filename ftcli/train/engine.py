@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from ftcli.events import OnEvent, Stage
-from ftcli.model.attention import check_documents_apart
+from ftcli.events import Notice, OnEvent, Stage
+from ftcli.fused.check import check_documents_apart, fuse_checked
+from ftcli.fused.layer import is_fused
 from ftcli.model.base import choose_dtype
 from ftcli.model.build import Built, build_model, count_parameters
 from ftcli.recipe import Recipe
@@ -54,8 +55,12 @@ def build_engine(prepared: Prepared, device: torch.device, on_event: OnEvent) ->
     dtype = choose_dtype(recipe.model.dtype, device)
     on_event(Stage("load", f"{str(dtype).removeprefix('torch.')} on {device.type}"))
     built = build_model(recipe, prepared.files, dtype=dtype, device=device, new_tokens=prepared.new_tokens)
-    if device.type == "cpu":
-        release_between_blocks(built.model)
+    if recipe.train.fused:
+        reason = fuse_checked(built.model, with_attention=recipe.model.attn_implementation is None)
+        if reason:
+            on_event(Notice(f"{reason}: training takes the plain path, which is slower"))
+    if device.type == "cpu" and not is_fused(built.model):
+        release_between_blocks(built.model)  # the fast path works in place and leaves little behind
     counts = count_parameters(built.model)
     on_event(Stage("parameters", f"{counts.trainable:,} of {counts.total:,} are trained"))
     mixed_precision = choose_mixed_precision(dtype, trains_base_weights=built.trains_base_weights)

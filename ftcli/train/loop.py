@@ -25,6 +25,7 @@ from ftcli.data.documents import Documents
 from ftcli.data.plan import Step, plan_epoch
 from ftcli.errors import NumericError
 from ftcli.evaluate.loss import compute_loss_sum
+from ftcli.fused.layer import is_fused
 from ftcli.recipe import Recipe
 from ftcli.train.memory import release_free_memory
 from ftcli.train.optim import compute_lr, list_trained, set_lr
@@ -171,7 +172,7 @@ def accumulate_gradients(
 def add_gradients(model: torch.nn.Module, batch: Batch, accelerator: Any, n_targets: int) -> torch.Tensor:
     """The sum of losses over ``batch``, after the gradient of its share of ``n_targets`` was added."""
     loss_sum = compute_loss_sum(model, batch.to(accelerator.device))
-    if accelerator.device.type == "cpu":
+    if accelerator.device.type == "cpu" and not is_fused(model):
         release_free_memory()  # logits that are gone, where the heap had room for them
     accelerator.backward(loss_sum / n_targets)
     return loss_sum.detach()

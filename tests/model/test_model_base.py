@@ -14,7 +14,7 @@ from ftcli.data.batch import build_batch
 from ftcli.data.chat import Rendered
 from ftcli.errors import ContentError, UsageError
 from ftcli.evaluate.loss import compute_loss_sum
-from ftcli.model.attention import check_documents_apart
+from ftcli.fused.check import check_documents_apart
 from ftcli.model.base import build_skeleton, choose_dtype, load_model
 from ftcli.model.build import add_lora
 from ftcli.recipe import ModelSection, PeftSection, QuantizationSection

@@ -1,0 +1,80 @@
+"""The loss of the labelled rows without their logits: in chunks, the gradient made while the logits are there.
+
+    logits = h Wᵀ     loss = logsumexp(logits) - logits[label]     ∂h = (softmax(logits) - onehot(label)) W
+
+As the head is frozen, ∂h is all that the backward pass needs: two products instead of three, and no logits kept.
+Softmax and loss are in float32. Source: Cut Your Losses, arXiv 2411.09009 §2; Gemma 2's soft cap 2408.00118 §2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+_CHUNK_ROWS = 512  # whose logits are there at a time, in the dtype of the head: enough to fill a product
+_BLOCK_BYTES = 4 << 20  # of float32 logits that a CPU works on at a time: they stay in its cache
+
+
+def compute_losses(
+    hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor, softcap: float | None = None
+) -> torch.Tensor:
+    """-log p(label) of each row in float32, shape (rows,); with a gradient for ``hidden`` alone.
+
+    Args:
+        hidden: (rows, width), what the head would be given.
+        head: its frozen weight is (vocabulary, width).
+        labels: ids, (rows,).
+        softcap: logits z become c tanh(z / c).
+    """
+    return _Losses.apply(hidden, head.weight, head.bias, labels, softcap)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Losses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        needs_grad = ctx.needs_input_grad[0]
+        losses = torch.empty(len(hidden), device=hidden.device)
+        grad = torch.empty_like(hidden) if needs_grad else None
+        n_block = max(1, _BLOCK_BYTES // (4 * len(weight))) if hidden.device.type == "cpu" else _CHUNK_ROWS
+        for start in range(0, len(hidden), _CHUNK_ROWS):
+            part = slice(start, start + _CHUNK_ROWS)
+            logits = hidden[part] @ weight.T if bias is None else torch.addmm(bias, hidden[part], weight.T)
+            blocks = (torch.split(x, n_block) for x in (logits, labels[part], losses[part]))
+            for rows, ids, out in zip(*blocks, strict=True):
+                slopes = _measure_rows(rows, ids, out, softcap)
+                if grad is not None:
+                    rows.copy_(slopes)
+            if grad is not None:
+                torch.mm(logits, weight, out=grad[part])
+        ctx.save_for_backward(grad)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[Any, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_losses[:, None].to(grad.dtype), None, None, None, None
+
+
+def _measure_rows(
+    logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, softcap: float | None
+) -> torch.Tensor:
+    """The gradient of each row's loss by its logits, in float32; the losses are written into ``losses``."""
+    wide = logits.float()
+    if softcap:
+        capped = torch.tanh(wide / softcap)
+        wide = capped * softcap
+    wide = wide.log_softmax(-1)
+    places = labels[:, None]
+    losses.copy_(wide.gather(1, places)[:, 0].neg_())
+    slopes = wide.exp_()
+    slopes.scatter_add_(1, places, torch.full_like(places, -1, dtype=torch.float32))
+    return slopes.mul_(1 - capped.square_()) if softcap else slopes

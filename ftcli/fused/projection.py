@@ -1,0 +1,175 @@
+"""Linear layers that share one input, frozen and with LoRA, their backward pass by hand.
+
+    y = x Wᵀ + b + s (x Aᵀ) Bᵀ                       x (T, in), W (out, in), A (r, in), B (out, r)
+    ∂x = g W + (s g B) A     ∂A = (s g B)ᵀ x     ∂B = s gᵀ (x Aᵀ)
+
+W is 16-bit, float32 or NF4, which is dequantised where it is multiplied and never kept. What is kept for the
+backward pass is x once for all layers, and x Aᵀ. PEFT's own layers keep x in float32 for each of them. The
+parameters stay PEFT's; A and B are multiplied in the dtype of x, as under autocast.
+
+Source: LoRA arXiv 2106.09685 §4; PEFT's tuners/lora/layer.py, ``Linear.forward``; QLoRA arXiv 2305.14314 §3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A frozen linear layer, and the LoRA on it: factors ``a`` and ``b``, or None without."""
+
+    base: Any
+    a: nn.Parameter | None = None
+    b: nn.Parameter | None = None
+    scaling: float = 1.0
+    dropout: float = 0.0
+
+    def load_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight (out, in) in ``dtype``, dequantised if it is packed."""
+        weight = self.base.weight
+        state = getattr(weight, "quant_state", None)
+        if state is None:
+            return weight.to(dtype)  # type: ignore[no-any-return]
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, state).to(dtype)  # type: ignore[no-any-return]
+
+
+def read_projection(module: nn.Module) -> Projection | None:
+    """What ``module`` computes, if it is a frozen linear layer, bare or with one plain LoRA; else None.
+
+    DoRA and other variants, merged or disabled adapters, several adapters, trained weights and Conv1D are not
+    covered: such a module is called as it is.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(module, LoraLayer):
+        return Projection(module) if _is_frozen_linear(module) else None
+    base = module.get_base_layer()
+    if not _is_frozen_linear(base) or module.merged or getattr(module, "fan_in_fan_out", False):
+        return None
+    if module.disable_adapters:
+        return Projection(base)
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if len(names) != 1 or module.lora_variant or module.lora_bias.get(names[0], False):
+        return None
+    (name,) = names
+    rate = getattr(module.lora_dropout[name], "p", 0.0) if module.training else 0.0
+    return Projection(base, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], rate)
+
+
+def project(x: torch.Tensor, modules: Sequence[nn.Module]) -> list[torch.Tensor]:
+    """What each of ``modules`` makes of ``x`` (…, in): together where they are covered, else each by itself."""
+    projections = [read_projection(module) for module in modules]
+    covered = [projection for projection in projections if projection]
+    outputs = iter(_Project.apply(x, covered, *list_factors(covered)) if covered else ())  # type: ignore[no-untyped-call]
+    return [next(outputs) if p else module(x) for p, module in zip(projections, modules, strict=True)]
+
+
+def list_factors(projections: Sequence[Projection]) -> list[torch.Tensor]:
+    """A and B of each that has LoRA, in order: what a backward pass has gradients for."""
+    return [factor for p in projections for factor in (p.a, p.b) if factor is not None]
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, projections: list[Projection], *factors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        flat = x.reshape(-1, x.shape[-1])
+        outputs, hidden, masks = multiply(flat, projections)
+        ctx.save_for_backward(flat, *hidden, *masks)
+        ctx.projections, ctx.n_hidden = projections, len(hidden)
+        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        flat, *rest = ctx.saved_tensors
+        hidden, masks = rest[: ctx.n_hidden], rest[ctx.n_hidden :]
+        flat_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad_x, grad_factors = multiply_back(
+            flat_grads, flat, ctx.projections, hidden, masks, needs_x=ctx.needs_input_grad[0]
+        )
+        shaped = None if grad_x is None else grad_x.view(*grads[0].shape[:-1], -1)
+        return shaped, None, *grad_factors
+
+
+def multiply(
+    x: torch.Tensor, projections: Sequence[Projection]
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Outputs (T, out) of ``projections`` for ``x`` (T, in), and of those with LoRA: x Aᵀ (T, r), and dropout masks."""
+    adapted = [p for p in projections if p.a is not None]
+    masks = [_draw_mask(x, p.dropout) for p in adapted if p.dropout]
+    hidden = _shrink(x, adapted, masks)
+    left = iter(hidden)
+    outputs = []
+    for p in projections:
+        weight, bias = p.load_weight(x.dtype), p.base.bias
+        output = x @ weight.T if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
+        if p.b is not None:
+            output.addmm_(next(left), p.b.to(x.dtype).T, alpha=p.scaling)
+        outputs.append(output)
+    return outputs, hidden, masks
+
+
+def multiply_back(
+    grads: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    projections: Sequence[Projection],
+    hidden: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor],
+    *,
+    needs_x: bool = True,
+) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """The gradient of ``x`` (None unless ``needs_x``), and those of the factors as ``list_factors`` orders them."""
+    grad_x: torch.Tensor | None = None
+    grad_factors: list[torch.Tensor] = []
+    left, noise = iter(hidden), iter(masks)
+    for grad, p in zip(grads, projections, strict=True):
+        if needs_x:
+            weight = p.load_weight(x.dtype)
+            grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+        if p.a is None or p.b is None:
+            continue
+        mask = next(noise) if p.dropout else None
+        grad_hidden = (grad @ p.b.to(x.dtype)).mul_(p.scaling)
+        dropped = x if mask is None else _drop(x, mask, p.dropout)
+        grad_factors.append((grad_hidden.T @ dropped).to(p.a.dtype))
+        # as (r, out): what is turned round for the product is the small factor, not the gradient
+        grad_factors.append((next(left).T @ grad).mul_(p.scaling).T.to(p.b.dtype))
+        if grad_x is not None and mask is None:
+            grad_x.addmm_(grad_hidden, p.a.to(x.dtype))
+        elif grad_x is not None and mask is not None:
+            grad_x += _drop(grad_hidden @ p.a.to(x.dtype), mask, p.dropout)
+    return grad_x, grad_factors
+
+
+def _shrink(x: torch.Tensor, adapted: Sequence[Projection], masks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """x Aᵀ of each, in one product over all factors where no dropout tells their inputs apart."""
+    factors = [p.a.to(x.dtype) for p in adapted if p.a is not None]
+    if not masks:
+        return list(torch.split(x @ torch.cat(factors).T, [len(a) for a in factors], dim=1)) if factors else []
+    noise = iter(masks)
+    return [(_drop(x, next(noise), p.dropout) if p.dropout else x) @ a.T for p, a in zip(adapted, factors, strict=True)]
+
+
+def _draw_mask(x: torch.Tensor, rate: float) -> torch.Tensor:
+    """Where ``x`` stays, drawn as ``nn.Dropout`` draws on the CPU, kept in a byte each."""
+    return torch.empty_like(x).bernoulli_(1 - rate).bool()
+
+
+def _drop(x: torch.Tensor, mask: torch.Tensor, rate: float) -> torch.Tensor:
+    return (x * mask).div_(1 - rate)
+
+
+def _is_frozen_linear(module: nn.Module) -> bool:
+    """A linear layer that is not trained, 4-bit or plain; subclasses of other libraries are not known."""
+    if type(module).__name__ == "Linear4bit":
+        return getattr(module.weight, "quant_state", None) is not None
+    return type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters())
