@@ -131,7 +131,6 @@ def run_trainer(specification: dict[str, Any], meter: Meter) -> dict[str, Any]:
     masks: list[Any] = []
     watch_inputs(trainer.model, forwards, masks)
     trainer.add_callback(build_callback(meter, forwards, steps))
-    trainer.remove_callback("PrinterCallback")
     output = trainer.train()
     lora = next(p for name, p in trainer.model.named_parameters() if "lora_A" in name)
     told = {name: getattr(trainer.args, name) for name in _TOLD if hasattr(trainer.args, name)}
