@@ -130,7 +130,7 @@ def check_peers(options: argparse.Namespace) -> None:
         return
     recipe = "python -m venv PEERS && PEERS/bin/pip install -r benchmarks/peers.txt"
     if options.peers is None or not os.access(options.peers, os.X_OK):
-        raise SystemExit(f"error: --peers {options.peers or ''} is no Python with TRL; make one: {recipe}")
+        raise SystemExit(f"error: --peers names no Python ({options.peers}); make one that has TRL: {recipe}")
     probe = "import importlib.util as i, sys; sys.exit(' '.join(n for n in sys.argv[1:] if not i.find_spec(n)) or 0)"
     command = [str(options.peers), "-c", probe, "torch", "trl", "peft", "bitsandbytes"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -279,13 +279,22 @@ def summarize(runs: dict[str, Any]) -> dict[str, Any]:
             name: {key: round(statistics.median(run[key] for run in found), 2) for key in MEASURES}
             for name, found in contenders.items()
         }
+        own = [name for name in contenders if CONTENDERS[name]["trainer"] == "ftcli"]
+        fastest = max(own, key=lambda name: medians[name][MEASURES[0]], default=None)
         pairs = []
         for ours, other in ((a, b) for a in contenders for b in contenders if is_pair(a, b)):
             both = list(zip(contenders[ours], contenders[other], strict=False))
             ratios = {key: [round(a[key] / b[key], 3) for a, b in both] for key in MEASURES}
-            same = CONTENDERS[ours]["checkpointing"] == CONTENDERS[other]["checkpointing"]
-            found = {key: round(statistics.median(values), 3) for key, values in ratios.items()}
-            pairs.append({"of": ours, "to": other, "same_checkpointing": same, **found, "rounds": ratios})
+            pairs.append(
+                {
+                    "of": ours,
+                    "to": other,
+                    "is_fastest": ours == fastest,
+                    "same_checkpointing": CONTENDERS[ours]["checkpointing"] == CONTENDERS[other]["checkpointing"],
+                    **{key: round(statistics.median(values), 3) for key, values in ratios.items()},
+                    "rounds": ratios,
+                }
+            )
         summary[cell] = {"medians": medians, "pairs": pairs}
     return summary
 
@@ -307,12 +316,12 @@ def render_table(summary: dict[str, Any]) -> list[str]:
     for cell, entry in summary.items():
         lines += ["", f"{cell:<30}tokens/CPU s  tokens/s  peak over the loaded model"]
         lines += [f"  {name:<32}{render_run(figures)}" for name, figures in entry["medians"].items()]
-        lines += [f"  {'ratios (= same checkpointing)':<44}tokens/CPU s  peak  rounds"]
+        lines += [f"  {'ratios (= same checkpointing, * fastest)':<42}tokens/CPU s  peak  rounds"]
         for pair in entry["pairs"]:
-            name = f"{pair['of']} / {pair['to']}"
+            marks = ("=" if pair["same_checkpointing"] else " ") + ("*" if pair["is_fastest"] else " ")
             cpu, _, peak = (pair[key] for key in MEASURES)
             rounds = " ".join(f"{value:.2f}" for value in pair["rounds"][MEASURES[0]])
-            lines.append(f"  {'=' if pair['same_checkpointing'] else ' '} {name:<42}{cpu:8.2f}  {peak:6.2f}  {rounds}")
+            lines.append(f"{marks}{pair['of'] + ' / ' + pair['to']:<44}{cpu:10.2f}  {peak:6.2f}  {rounds}")
     return lines
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import platform
 import resource
 import sys
 import time
@@ -26,7 +27,7 @@ from typing import Any
 WARM_UP = 2  # steps that are not timed
 RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-4
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl")
+PACKAGES = ("ftcli", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl")
 _TOLD = (  # of a peer's arguments, what a default decides
     "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "bf16", "optim",
     "max_length", "packing", "packing_strategy", "padding_free", "loss_type", "activation_offloading", "logging_steps",
@@ -94,7 +95,7 @@ def read_cpu() -> float:
 
 
 def list_versions() -> dict[str, str]:
-    versions = {}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
