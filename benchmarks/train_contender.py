@@ -58,6 +58,8 @@ class Meter:
         """The figures; ``steps`` are tokens and trained tokens of each step."""
         if len(steps) != len(self.marks) or not self.loaded_bytes:
             raise SystemExit(f"{len(steps)} steps were seen and {len(self.marks)} timed")
+        if len(steps) <= WARM_UP:
+            raise SystemExit(f"{len(steps)} steps are too few, as the first {WARM_UP} are not timed: raise --steps")
         (cpu_first, first), (cpu_last, last) = self.marks[WARM_UP - 1], self.marks[-1]
         n_tokens = sum(tokens for tokens, _ in steps[WARM_UP:])
         return {
