@@ -7,10 +7,12 @@ apart     A A A A │ B B │ C C C C C C              causal attention within e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 from torch.nn import functional
+
+from ftcli.model.activation import has_matrix_unit
 
 
 def attend(
@@ -40,17 +42,17 @@ def attend(
     if is_faster_wide(q.device):
         q, k, v = q.float(), k.float(), v.float()
     qs, ks, vs = (torch.split(x, list(lengths)) for x in (q, k, v))
-    seen = [_attend_document(q, k, v, scale, window, softcap, dropout) for q, k, v in zip(qs, ks, vs, strict=True)]
+    with torch.autocast(q.device.type, enabled=False):  # which would have it in 16 bits again
+        seen = [_attend_document(q, k, v, scale, window, softcap, dropout) for q, k, v in zip(qs, ks, vs, strict=True)]
     return (seen[0] if len(seen) == 1 else torch.cat(seen)).to(dtype)
 
 
-@cache
 def is_faster_wide(device: torch.device) -> bool:
     """Whether attention is faster in float32 than in 16 bits, as on CPUs without matrix instructions (AMX).
 
     torch's flash kernel for CPUs took 1.3 times as long in bfloat16 there, and 2.5 times with short documents.
     """
-    return device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and not has_matrix_unit()
 
 
 def _attend_document(

@@ -47,3 +47,14 @@ FAMILIES = {
     "gemma3_text": Family("Gemma3", has_head_norms=True, norm_offset=1.0, window="module"),
     "smollm3": Family("SmolLM3", window="module", rotates="use_rope"),
 }
+
+
+def is_fast(family: str, *, is_wanted: bool, attention: str | None) -> bool:
+    """Whether a run of a model of ``family`` (``model_type``) is forecast as one by the fast path throughout.
+
+    Args:
+        family: ``model_type`` of its config.
+        is_wanted: ``train.fused``.
+        attention: ``model.attn_implementation``, which leaves attention to transformers.
+    """
+    return is_wanted and attention is None and family in FAMILIES

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_CHUNK_ROWS = 512  # whose logits are there at a time, in the dtype of the head: enough to fill a product
-_BLOCK_BYTES = 4 << 20  # of float32 logits that a CPU works on at a time: they stay in its cache
+from ftcli.model.forecast import HEAD_BLOCK_BYTES, HEAD_ROWS
 
 
 def compute_losses(
@@ -44,9 +43,9 @@ class _Losses(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[0]
         losses = torch.empty(len(hidden), device=hidden.device)
         grad = torch.empty_like(hidden) if needs_grad else None
-        n_block = max(1, _BLOCK_BYTES // (4 * len(weight))) if hidden.device.type == "cpu" else _CHUNK_ROWS
-        for start in range(0, len(hidden), _CHUNK_ROWS):
-            part = slice(start, start + _CHUNK_ROWS)
+        n_block = max(1, HEAD_BLOCK_BYTES // (4 * len(weight))) if hidden.device.type == "cpu" else HEAD_ROWS
+        for start in range(0, len(hidden), HEAD_ROWS):
+            part = slice(start, start + HEAD_ROWS)
             logits = hidden[part] @ weight.T if bias is None else torch.addmm(bias, hidden[part], weight.T)
             blocks = (torch.split(x, n_block) for x in (logits, labels[part], losses[part]))
             for rows, ids, out in zip(*blocks, strict=True):

@@ -84,7 +84,7 @@ class _Project(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
         outputs, hidden, masks = multiply(flat, projections)
-        ctx.save_for_backward(flat, *hidden, *masks)
+        ctx.save_for_backward(flat if hidden else None, *hidden, *masks)
         ctx.projections, ctx.n_hidden = projections, len(hidden)
         return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
 
@@ -120,33 +120,35 @@ def multiply(
 
 def multiply_back(
     grads: Sequence[torch.Tensor],
-    x: torch.Tensor,
+    x: torch.Tensor | None,
     projections: Sequence[Projection],
     hidden: Sequence[torch.Tensor],
     masks: Sequence[torch.Tensor],
     *,
     needs_x: bool = True,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    """The gradient of ``x`` (None unless ``needs_x``), and those of the factors as ``list_factors`` orders them."""
+    """The gradient of ``x`` (None unless ``needs_x``), and those of the factors as ``list_factors`` orders them.
+
+    ``x`` itself may be None where no projection has LoRA.
+    """
     grad_x: torch.Tensor | None = None
     grad_factors: list[torch.Tensor] = []
     left, noise = iter(hidden), iter(masks)
     for grad, p in zip(grads, projections, strict=True):
         if needs_x:
-            weight = p.load_weight(x.dtype)
+            weight = p.load_weight(grad.dtype)
             grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
-        if p.a is None or p.b is None:
+        if x is None or p.a is None or p.b is None:
             continue
         mask = next(noise) if p.dropout else None
-        grad_hidden = (grad @ p.b.to(x.dtype)).mul_(p.scaling)
+        a, b = p.a.to(grad.dtype), p.b.to(grad.dtype)
+        grad_hidden = (grad @ b).mul_(p.scaling)
         dropped = x if mask is None else _drop(x, mask, p.dropout)
         grad_factors.append((grad_hidden.T @ dropped).to(p.a.dtype))
         # as (r, out): what is turned round for the product is the small factor, not the gradient
         grad_factors.append((next(left).T @ grad).mul_(p.scaling).T.to(p.b.dtype))
-        if grad_x is not None and mask is None:
-            grad_x.addmm_(grad_hidden, p.a.to(x.dtype))
-        elif grad_x is not None and mask is not None:
-            grad_x += _drop(grad_hidden @ p.a.to(x.dtype), mask, p.dropout)
+        if grad_x is not None:
+            grad_x = grad_x.addmm_(grad_hidden, a) if mask is None else grad_x + _drop(grad_hidden @ a, mask, p.dropout)
     return grad_x, grad_factors
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from ftcli.errors import ContentError, FtcliError
 from ftcli.events import Notice, OnEvent, ignore_event
+from ftcli.fused.family import FAMILIES, is_fast
 from ftcli.jobs.source import describe_source, find_source
+from ftcli.model.activation import Shape, Training
 from ftcli.model.anatomy import Anatomy
 from ftcli.model.demand import Device, Method, build_recipe_training, build_training, measure_shape
-from ftcli.model.forecast import Change, Component, Forecast, Shape, Training, fit, forecast_disk, forecast_memory
+from ftcli.model.forecast import Change, Component, Forecast, fit, forecast_disk, forecast_memory
 from ftcli.model.lora import count_lora
 from ftcli.recipe import PeftSection, Recipe, load_recipe
 
@@ -68,7 +70,8 @@ def plan_model(
     """
     shape = measure_shape(anatomy)
     cost = None if method == "full" else count_lora(anatomy, peft or PeftSection())
-    training = build_training(method, cost, sequence=sequence, batch=batch)
+    is_fused = anatomy.dimensions.family in FAMILIES
+    training = build_training(method, cost, sequence=sequence, batch=batch, is_fused=is_fused)
     return _plan(name, shape, training, budget_bytes, should_fit, save_total_limit=2)
 
 
@@ -96,7 +99,10 @@ def plan_recipe(
     shape = measure_shape(anatomy)
     notices = _list_notices(recipe)
     found, dtype = (device, "bfloat16") if device else _find_device(recipe)
-    training = build_recipe_training(recipe, anatomy, device=found, dtype=dtype)
+    is_fused = is_fast(
+        anatomy.dimensions.family, is_wanted=recipe.train.fused, attention=recipe.model.attn_implementation
+    )
+    training = build_recipe_training(recipe, anatomy, device=found, is_fused=is_fused, dtype=dtype)
     data = _count_data(path, overrides, notices, on_event)
     plan = _plan(
         recipe.model.name_or_path,

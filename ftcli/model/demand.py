@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ftcli.errors import ContentError, UsageError
+from ftcli.model.activation import Shape, Training, has_matrix_unit
 from ftcli.model.anatomy import Anatomy, describe_model
 from ftcli.model.dimensions import Dimensions, read_dimensions, read_gguf_dimensions
-from ftcli.model.forecast import Shape, Training
 from ftcli.model.layout import locate_tensor
 from ftcli.model.lora import LoraCost, count_lora
 from ftcli.recipe import PeftSection, Recipe
@@ -99,7 +99,9 @@ def measure_shape(anatomy: Anatomy) -> Shape:
     )
 
 
-def build_recipe_training(recipe: Recipe, anatomy: Anatomy, *, device: Device, dtype: str = "bfloat16") -> Training:
+def build_recipe_training(
+    recipe: Recipe, anatomy: Anatomy, *, device: Device, is_fused: bool, dtype: str = "bfloat16"
+) -> Training:
     """How ``recipe`` trains the model, at the worst: every micro-batch as long as ``data.max_length`` allows.
 
     Modules that are trained whole and new tokens are not in it; an adapter that is gone on from counts as one with
@@ -113,6 +115,7 @@ def build_recipe_training(recipe: Recipe, anatomy: Anatomy, *, device: Device, d
     return build_training(
         method,
         count_lora(anatomy, peft) if peft else None,
+        is_fused=is_fused,
         sequence=recipe.data.max_length,
         batch=recipe.train.per_device_train_batch_size,
         dropout=recipe.peft.lora_dropout if recipe.peft else 0.0,
@@ -134,6 +137,7 @@ def build_training(
     is_double: bool = True,
     dtype: str = "bfloat16",
     device: Device = "cuda",
+    is_fused: bool = False,
 ) -> Training:
     """The training of micro-batches of ``batch`` rows of ``sequence`` tokens, every one of which is learned.
 
@@ -159,4 +163,6 @@ def build_training(
         device=device,
         n_documents=batch,
         n_rows=batch,
+        is_fused=is_fused,
+        attends_wide=is_fused and device == "cpu" and not has_matrix_unit(),
     )

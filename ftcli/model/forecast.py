@@ -5,7 +5,7 @@
     backward  the last block's backward: with checkpointing its activations are made anew
     update    the end of the backward pass, clipping and AdamW: every gradient is there
 
-What transformers' eager modules, PEFT and autograd keep; tests hold it against autograd's saved tensors. No torch.
+What autograd keeps is counted in model/activation.py. No torch.
 """
 
 from __future__ import annotations
@@ -13,85 +13,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from ftcli.errors import UsageError
+from ftcli.model.activation import Shape, Training, count_block, count_held, count_logits, explain_held
 from ftcli.model.precision import count_nf4_bytes
 
 _DEVICE_RESERVE = 600 << 20  # CUDA context, cuBLAS workspace, and what the driver keeps of a card
 _CPU_RUNTIME = 28_000_000  # library code and threads that only training wakes; measured, the same for every model
-_NOISE_BYTES = {"cpu": 4, "cuda": 1}  # ATen Dropout.cpp: float noise on CPUs, a fused bool mask on CUDA
+HEAD_ROWS = 512  # labelled rows whose logits the fast path has at a time: enough to fill a product
+HEAD_BLOCK_BYTES = 4 << 20  # of float32 logits that a CPU works on at a time there: they stay in its cache
 HALVED_ROWS = "train.gradient_accumulation_steps"  # the key of the change that puts fewer rows side by side
 _SHORTEST = 128  # tokens; fit() suggests no shorter sequence
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What memory follows from; ``linear_parameters`` are what NF4 quantises, ``largest_linear`` one layer's most."""
-
-    n_layers: int
-    hidden: int
-    ffn: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    vocab: int
-    is_tied: bool
-    is_gated: bool
-    linear_parameters: int
-    embedding_parameters: int
-    head_parameters: int
-    other_parameters: int
-    largest_linear: int
-
-    @property
-    def parameters(self) -> int:
-        return self.linear_parameters + self.embedding_parameters + self.head_parameters + self.other_parameters
-
-    @property
-    def queries(self) -> int:
-        return self.n_heads * self.head_dim
-
-    @property
-    def keys(self) -> int:
-        return self.n_kv_heads * self.head_dim
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a model is trained: a micro-batch is ``tokens`` flat tokens of ``n_documents`` documents side by side.
-
-    ``n_rows`` are the rows that hold them: packs, or one for each document.
-    ``unread_bytes`` are rows of an embedding that stays in its file of which the data hold no token.
-    """
-
-    method: Literal["qlora", "lora", "full"]
-    dtype: Literal["bfloat16", "float16", "float32"]
-    double_quant: bool
-    tokens: int
-    longest_document: int
-    target_tokens: int
-    gradient_checkpointing: bool
-    lora_parameters: int
-    lora_modules: int
-    r: int
-    lora_dropout: float
-    device: Literal["cpu", "cuda"]
-    world_size: int = 1
-    strategy: Literal["single", "ddp", "fsdp2"] = "single"
-    n_documents: int = 1
-    n_rows: int = 1
-    unread_bytes: int = 0
-
-    @property
-    def dtype_bytes(self) -> int:
-        return 4 if self.dtype == "float32" else 2
-
-    @property
-    def is_autocast(self) -> bool:
-        """Whether float32 weights are computed with in 16 bits (train/engine.py, choose_mixed_precision)."""
-        return self.method == "full" and self.dtype != "float32"
 
 
 @dataclass(frozen=True)
@@ -139,7 +72,7 @@ def forecast_memory(shape: Shape, training: Training) -> Forecast:
 
 def count_saved_bytes(shape: Shape, training: Training) -> int:
     """Bytes that autograd holds at the end of a forward pass, parameters not among them."""
-    return _count_held(shape, training) + _count_logits(shape, training)
+    return count_held(shape, training) + count_logits(shape, training)
 
 
 def _list_resident(shape: Shape, training: Training) -> Iterator[Component]:
@@ -183,20 +116,33 @@ def _name_parts(activations: tuple[int, str], logits: tuple[int, str], work: tup
 
 def _weigh_head(shape: Shape, training: Training) -> tuple[Component, ...]:
     # log_softmax's output, nll_loss' gradient and log_softmax's gradient: ATen LossNLL, SoftMaxBackward
-    logits = 3 * _count_logits(shape, training)
+    held = count_held(shape, training), explain_held(shape, training)
+    if training.is_fused and training.method != "full":
+        return _name_parts(held, _weigh_chunk(shape, training), (0, "counted with the logits"))
+    logits = 3 * count_logits(shape, training)
     words = f"{training.target_tokens:,} labelled positions × {shape.vocab:,} rows × 3 float32 (softmax, two gradients)"
-    held = _count_held(shape, training), _explain_held(shape, training)
     return _name_parts(held, (logits, words), (0, "the loss's own are counted with the logits"))
 
 
+def _weigh_chunk(shape: Shape, training: Training) -> tuple[int, str]:
+    """The logits that are there at a time (fused/head.py), and what they are worked on in."""
+    rows = min(training.target_tokens, HEAD_ROWS)
+    block = HEAD_BLOCK_BYTES if training.device == "cpu" else 4 * rows * shape.vocab
+    words = f"{rows:,} labelled positions × {shape.vocab:,} rows × {training.dtype_bytes} bytes at a time"
+    return training.dtype_bytes * rows * shape.vocab + 2 * block, f"{words} + 2 × {block:,} in float32"
+
+
 def _weigh_backward(shape: Shape, training: Training) -> tuple[Component, ...]:
-    held, formula = _count_held(shape, training), _explain_held(shape, training)
+    held, formula = count_held(shape, training), explain_held(shape, training)
     if training.gradient_checkpointing:
         cast = 2 * shape.linear_parameters // max(1, shape.n_layers) if training.is_autocast else 0
-        again = _count_block(shape, training) + cast
+        again = count_block(shape, training) + cast
         held, formula = held + again, f"{formula} + {again:,} bytes of the block that is made anew"
     work = 8 * training.tokens * shape.ffn  # gradient and its sum with LoRA's, both float32: measured by profiler
     words = f"{training.tokens:,} tokens × {shape.ffn:,} (FFN) × 2 float32"
+    if training.is_fused and training.method != "full":  # fused/gate.py: gradients of product, up and gate
+        work = 3 * training.dtype_bytes * training.tokens * shape.ffn
+        words = f"{training.tokens:,} tokens × {shape.ffn:,} (FFN) × 3 × {training.dtype_bytes} bytes"
     if training.method == "qlora":  # bitsandbytes MatMul4Bit.backward
         dequantized = training.dtype_bytes * shape.largest_linear
         work, words = work + dequantized, f"{words} + {dequantized:,} bytes of the largest linear layer, dequantised"
@@ -211,76 +157,6 @@ def _weigh_update(shape: Shape, training: Training) -> tuple[Component, ...]:
     table = 4 * shape.vocab * shape.hidden * (2 if shape.is_tied else 1) if training.method == "full" else 0
     words = f"{table:,} bytes of the embedding's gradient before it is added"
     return _name_parts((0, "freed"), (0, "freed"), (table, words))
-
-
-def _count_held(shape: Shape, training: Training) -> int:
-    return shape.n_layers * _count_kept(shape, training) + _count_around_blocks(shape, training)
-
-
-def _explain_held(shape: Shape, training: Training) -> str:
-    kept = "hidden state" if training.gradient_checkpointing else "saved tensors"
-    around = _count_around_blocks(shape, training)
-    return f"{shape.n_layers} blocks × {_count_kept(shape, training):,} bytes ({kept}) + {around:,} around them"
-
-
-def _count_kept(shape: Shape, training: Training) -> int:
-    if not training.gradient_checkpointing:
-        return _count_block(shape, training)
-    size = 4 if training.is_autocast else training.dtype_bytes
-    return size * training.tokens * shape.hidden  # torch.utils.checkpoint, non-reentrant: the hidden state
-
-
-def _count_block(shape: Shape, training: Training) -> int:
-    """Bytes that autograd keeps of one block without checkpointing."""
-    size, tokens = training.dtype_bytes, training.tokens
-    h, q, f, n_wide = shape.hidden, shape.queries, shape.ffn, 3 if shape.is_gated else 2
-    k = q if training.n_documents > 1 else shape.keys  # sdpa_attention.py: repeated for every query head with a mask
-    width = size * (2 * q + 2 * k) + 4 * shape.n_heads  # sdpa: q, k, v, output (which is o's input), log-sum-exp
-    width += 4 * 2 * (h + 1)  # LlamaRMSNorm, twice: hidden states in float32, rsqrt
-    width += size * n_wide * f  # LlamaMLP: gate, silu(gate), up
-    if training.method == "full":
-        width += 4 * 2 * h + size * f  # RMSNorm's weight is trained: its normed input; input of down
-        width += 2 * 5 * h if training.is_autocast else 4 * 2 * h  # inputs of q, k, v, gate, up: cast one by one
-    else:
-        width += _count_lora_width(shape, training)
-    mask = size * tokens * tokens if training.n_documents > 1 else 0  # sdpa makes a float mask of the bool one
-    return tokens * width + mask
-
-
-def _count_lora_width(shape: Shape, training: Training) -> int:
-    """Bytes a token that PEFT's LoRA layers of one block keep (peft/tuners/lora/layer.py, Linear.forward)."""
-    h, q, f = shape.hidden, shape.queries, shape.ffn
-    per_block = training.lora_modules / max(1, shape.n_layers)
-    order = (h, h, h, q, h, h, f) if shape.is_gated else (h, h, h, q, h, f)
-    inputs = order[: round(per_block)]
-    width = round(4 * training.r * per_block)  # A(x), the input of B
-    if training.lora_dropout:
-        return width + (4 + _NOISE_BYTES[training.device]) * sum(inputs)
-    if training.dtype_bytes == 2:
-        return width + 4 * sum(inputs)  # x cast to float32, by each layer for itself
-    shared = (h if len(inputs) > 0 else 0) + (h if len(inputs) > 4 else 0) + (f if len(inputs) > 6 else 0)
-    return width + 4 * shared  # x itself, which layers share; o's is sdpa's output
-
-
-def _count_around_blocks(shape: Shape, training: Training) -> int:  # embedding, rotary tables, last norm, head
-    size, tokens, targets = training.dtype_bytes, training.tokens, training.target_tokens
-    total = 8 * 2 * targets + 4 * tokens  # labels; the last norm's rsqrt
-    if training.method == "full":
-        total += 8 * tokens + 4 * 2 * tokens * shape.hidden + size * targets * shape.hidden
-    elif training.gradient_checkpointing:
-        total += 4 * tokens * shape.hidden
-    if training.is_autocast:  # one for each weight that the backward pass needs
-        total += 2 * (shape.vocab * shape.hidden + (0 if training.gradient_checkpointing else shape.linear_parameters))
-    if not training.gradient_checkpointing:
-        if training.lora_dropout and training.method != "full":  # nothing before the first q, k, v is trained
-            n_first = min(3, training.lora_modules // max(1, shape.n_layers))
-            total -= _NOISE_BYTES[training.device] * n_first * tokens * shape.hidden
-        total += 2 * (4 if training.is_autocast else size) * tokens * shape.head_dim  # cos, sin
-    return total
-
-
-def _count_logits(shape: Shape, training: Training) -> int:
-    return 4 * training.target_tokens * shape.vocab  # evaluate/loss.py: log-softmax in float32, labelled rows only
 
 
 def _count_trained(shape: Shape, training: Training) -> int:

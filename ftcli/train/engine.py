@@ -55,17 +55,18 @@ def build_engine(prepared: Prepared, device: torch.device, on_event: OnEvent) ->
     dtype = choose_dtype(recipe.model.dtype, device)
     on_event(Stage("load", f"{str(dtype).removeprefix('torch.')} on {device.type}"))
     built = build_model(recipe, prepared.files, dtype=dtype, device=device, new_tokens=prepared.new_tokens)
-    if recipe.train.fused:
-        reason = fuse_checked(built.model, with_attention=recipe.model.attn_implementation is None)
-        if reason:
-            on_event(Notice(f"{reason}: training takes the plain path, which is slower"))
-    if device.type == "cpu" and not is_fused(built.model):
-        release_between_blocks(built.model)  # the fast path works in place and leaves little behind
     counts = count_parameters(built.model)
     on_event(Stage("parameters", f"{counts.trainable:,} of {counts.total:,} are trained"))
     mixed_precision = choose_mixed_precision(dtype, trains_base_weights=built.trains_base_weights)
     AcceleratorState._reset_state()  # or a second run in this process could not choose another precision
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
+    if recipe.train.fused:
+        with accelerator.autocast():
+            reason = fuse_checked(built.model, with_attention=recipe.model.attn_implementation is None)
+        if reason:
+            on_event(Notice(f"{reason}: training takes the plain path, which is slower"))
+    if device.type == "cpu" and not is_fused(built.model):
+        release_between_blocks(built.model)  # the fast path works in place and leaves little behind
     optimizer = build_optimizer(built.model, recipe.train)
     wrapped_model, wrapped_optimizer = accelerator.prepare(built.model, optimizer)
     if recipe.puts_documents_together:

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from ftcli.errors import FtcliError, MemoryExhausted
+from ftcli.fused.family import is_fast
+from ftcli.model.activation import Shape, Training
 from ftcli.model.base import choose_device, choose_dtype
 from ftcli.model.demand import Device, build_recipe_training, describe_files, measure_shape
-from ftcli.model.forecast import HALVED_ROWS, Change, Forecast, Shape, Training, fit, forecast_memory
+from ftcli.model.forecast import HALVED_ROWS, Change, Forecast, fit, forecast_memory
 from ftcli.model.layout import locate_tensor
 from ftcli.recipe import Recipe
 from ftcli.store.target import read_config
@@ -54,7 +56,9 @@ def forecast_run(prepared: Prepared) -> RunForecast | None:
         anatomy = describe_files(config, table, where=files.reference)
         dtype = str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
         kind: Device = "cuda" if device.type == "cuda" else "cpu"
-        training = build_recipe_training(recipe, anatomy, device=kind, dtype=dtype)
+        family, attention = anatomy.dimensions.family, recipe.model.attn_implementation
+        is_fused = is_fast(family, is_wanted=recipe.train.fused, attention=attention)
+        training = build_recipe_training(recipe, anatomy, device=kind, is_fused=is_fused, dtype=dtype)
         shape = measure_shape(anatomy)
     except FtcliError:
         return None

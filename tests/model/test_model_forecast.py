@@ -11,10 +11,10 @@ import torch
 from ftcli.data.batch import Batch
 from ftcli.errors import UsageError
 from ftcli.evaluate.loss import compute_loss_sum
+from ftcli.fused.layer import fuse
+from ftcli.model.activation import Shape, Training, has_matrix_unit
 from ftcli.model.build import add_lora, enable_checkpointing, promote_trained
 from ftcli.model.forecast import (
-    Shape,
-    Training,
     count_saved_bytes,
     fit,
     forecast_disk,
@@ -55,6 +55,8 @@ def build_tiny(training: Training) -> tuple[Any, Shape]:
     if not is_full:
         model = add_lora(model, PeftSection(r=8, lora_alpha=8, lora_dropout=training.lora_dropout))
         promote_trained(model)
+    if training.is_fused:
+        assert fuse(model)
     linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)
     return model.train(), Shape(2, 64, 160, 4, 2, 16, 300, True, True, linear, 300 * 64, 0, 5 * 64, 64 * 160)
 
@@ -75,7 +77,8 @@ def measure_saved(model: Any, training: Training) -> int:
     labels = torch.where(positions == 0, -100, ids)
     n_targets = int((labels != -100).sum())
     assert n_targets == training.target_tokens
-    batch = Batch(ids, labels, positions, torch.tensor([0, n], dtype=torch.int32), n_targets, ())
+    borders = torch.arange(0, n + 1, length, dtype=torch.int32)
+    batch = Batch(ids, labels, positions, borders, n_targets, ())
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=training.is_autocast),
@@ -86,6 +89,7 @@ def measure_saved(model: Any, training: Training) -> int:
     return total
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("method", "dtype", "dropout"),
@@ -97,10 +101,12 @@ def measure_saved(model: Any, training: Training) -> int:
         ("full", "bfloat16", 0.0),
     ],
 )
-def test_activations_are_what_autograd_saves(method: Any, dtype: Any, dropout: float, checkpointing: bool) -> None:
+def test_activations_are_what_autograd_saves(
+    method: Any, dtype: Any, dropout: float, checkpointing: bool, fused: bool
+) -> None:
     plain = replace(
         QLORA, method=method, dtype=dtype, tokens=256, gradient_checkpointing=checkpointing, lora_modules=14, r=8,
-        device="cpu", lora_dropout=dropout,
+        device="cpu", lora_dropout=dropout, is_fused=fused, attends_wide=fused and not has_matrix_unit(),
     )  # fmt: skip
     model, shape = build_tiny(plain)
     for n in (1, 4):
