@@ -44,9 +44,13 @@ class _Losses(torch.autograd.Function):
         losses = torch.empty(len(hidden), device=hidden.device)
         grad = torch.empty_like(hidden) if needs_grad else None
         n_block = max(1, HEAD_BLOCK_BYTES // (4 * len(weight))) if hidden.device.type == "cpu" else HEAD_ROWS
+        buffer = hidden.new_empty(min(len(hidden), HEAD_ROWS), len(weight))
         for start in range(0, len(hidden), HEAD_ROWS):
             part = slice(start, start + HEAD_ROWS)
-            logits = hidden[part] @ weight.T if bias is None else torch.addmm(bias, hidden[part], weight.T)
+            logits = buffer[: len(hidden[part])]
+            torch.mm(hidden[part], weight.T, out=logits)
+            if bias is not None:
+                logits += bias
             blocks = (torch.split(x, n_block) for x in (logits, labels[part], losses[part]))
             for rows, ids, out in zip(*blocks, strict=True):
                 slopes = _measure_rows(rows, ids, out, softcap)

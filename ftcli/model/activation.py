@@ -98,7 +98,10 @@ def _count_kept(shape: Shape, training: Training) -> int:
     if not training.gradient_checkpointing:
         return count_block(shape, training)
     size = 4 if training.is_autocast else training.dtype_bytes
-    return size * training.tokens * shape.hidden  # torch.utils.checkpoint, non-reentrant: the hidden state
+    kept = 0
+    if training.is_fused and training.device == "cpu":  # fused/checkpoint.py: attention's output, log-sum-exp
+        kept = (4 if training.attends_wide else size) * shape.queries + 4 * shape.n_heads
+    return training.tokens * (size * shape.hidden + kept)  # torch.utils.checkpoint, non-reentrant: the hidden state
 
 
 def count_block(shape: Shape, training: Training) -> int:

@@ -7,7 +7,7 @@ recipe says, and nothing else.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,9 +105,12 @@ def promote_trained(model: nn.Module) -> bool:
     return any(".modules_to_save." in name for name, p in model.named_parameters() if p.requires_grad)
 
 
-def enable_checkpointing(model: Any) -> None:
-    """Nothing; the blocks of ``model`` keep their inputs only, and run again in the backward pass."""
-    options = {"use_reentrant": False}
+def enable_checkpointing(model: Any, context_fn: Callable[[], Any] | None = None) -> None:
+    """Nothing; the blocks of ``model`` keep their inputs, and run again in the backward pass.
+
+    What else they keep, and do not compute again, ``context_fn`` says (torch.utils.checkpoint).
+    """
+    options = {"use_reentrant": False} | ({"context_fn": context_fn} if context_fn else {})
     if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.20 on
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:

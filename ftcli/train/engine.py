@@ -9,11 +9,12 @@ import torch
 
 from ftcli.events import Notice, OnEvent, Stage
 from ftcli.fused.check import check_documents_apart, fuse_checked
-from ftcli.fused.layer import is_fused
+from ftcli.fused.checkpoint import keep_attention
+from ftcli.fused.layer import is_fused, unwrap
 from ftcli.model.base import choose_dtype
-from ftcli.model.build import Built, build_model, count_parameters
+from ftcli.model.build import Built, build_model, count_parameters, enable_checkpointing
 from ftcli.recipe import Recipe
-from ftcli.train.memory import release_between_blocks
+from ftcli.train.memory import release_before_head, release_between_blocks
 from ftcli.train.optim import build_optimizer
 from ftcli.train.prepare import Prepared
 
@@ -65,8 +66,12 @@ def build_engine(prepared: Prepared, device: torch.device, on_event: OnEvent) ->
             reason = fuse_checked(built.model, with_attention=recipe.model.attn_implementation is None)
         if reason:
             on_event(Notice(f"{reason}: training takes the plain path, which is slower"))
-    if device.type == "cpu" and not is_fused(built.model):
-        release_between_blocks(built.model)  # the fast path works in place and leaves little behind
+    if device.type == "cpu" and is_fused(built.model):
+        release_before_head(built.model)
+        if recipe.train.gradient_checkpointing:
+            enable_checkpointing(unwrap(built.model), keep_attention)
+    elif device.type == "cpu":
+        release_between_blocks(built.model)
     optimizer = build_optimizer(built.model, recipe.train)
     wrapped_model, wrapped_optimizer = accelerator.prepare(built.model, optimizer)
     if recipe.puts_documents_together:
