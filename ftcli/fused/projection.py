@@ -163,7 +163,7 @@ def _shrink(x: torch.Tensor, adapted: Sequence[Projection], masks: Sequence[torc
 
 def _draw_mask(x: torch.Tensor, rate: float) -> torch.Tensor:
     """Where ``x`` stays, drawn as ``nn.Dropout`` draws on the CPU, kept in a byte each."""
-    return torch.empty_like(x).bernoulli_(1 - rate).bool()
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - rate)
 
 
 def _drop(x: torch.Tensor, mask: torch.Tensor, rate: float) -> torch.Tensor:

@@ -20,6 +20,7 @@ from ftcli.model.precision import count_nf4_bytes
 
 _DEVICE_RESERVE = 600 << 20  # CUDA context, cuBLAS workspace, and what the driver keeps of a card
 _CPU_RUNTIME = 28_000_000  # library code and threads that only training wakes; measured, the same for every model
+_HEAP_SHARE = 0.08  # of what is held for the backward pass; measured, see benchmarks/forecast.py
 HEAD_ROWS = 512  # labelled rows whose logits the fast path has at a time: enough to fill a product
 HEAD_BLOCK_BYTES = 4 << 20  # of float32 logits that a CPU works on at a time there: they stay in its cache
 HALVED_ROWS = "train.gradient_accumulation_steps"  # the key of the change that puts fewer rows side by side
@@ -116,7 +117,8 @@ def _name_parts(activations: tuple[int, str], logits: tuple[int, str], work: tup
 
 def _weigh_head(shape: Shape, training: Training) -> tuple[Component, ...]:
     # log_softmax's output, nll_loss' gradient and log_softmax's gradient: ATen LossNLL, SoftMaxBackward
-    held = count_held(shape, training), explain_held(shape, training)
+    size = count_held(shape, training)
+    held = size + _count_heap(size, training), explain_held(shape, training)
     if training.is_fused and training.method != "full":
         return _name_parts(held, _weigh_chunk(shape, training), (0, "counted with the logits"))
     logits = 3 * count_logits(shape, training)
@@ -124,16 +126,27 @@ def _weigh_head(shape: Shape, training: Training) -> tuple[Component, ...]:
     return _name_parts(held, (logits, words), (0, "the loss's own are counted with the logits"))
 
 
+def _count_heap(held: int, training: Training) -> int:
+    """What the heap of a CPU holds besides on the fast path, which gives free blocks back seldom (train/memory.py)."""
+    return round(_HEAP_SHARE * held) if training.is_fused and training.device == "cpu" else 0
+
+
 def _weigh_chunk(shape: Shape, training: Training) -> tuple[int, str]:
     """The logits that are there at a time (fused/head.py), and what they are worked on in."""
     rows = min(training.target_tokens, HEAD_ROWS)
     block = HEAD_BLOCK_BYTES if training.device == "cpu" else 4 * rows * shape.vocab
     words = f"{rows:,} labelled positions × {shape.vocab:,} rows × {training.dtype_bytes} bytes at a time"
-    return training.dtype_bytes * rows * shape.vocab + 2 * block, f"{words} + 2 × {block:,} in float32"
+    words += f" + 2 × {block:,} in float32"
+    packed = 0
+    if training.device == "cpu" and training.dtype_bytes == 2:  # oneDNN lays the weight out for its 16-bit products
+        packed = 2 * shape.vocab * shape.hidden
+        words += f" + the head in the layout of its product, {packed:,} bytes"
+    return training.dtype_bytes * rows * shape.vocab + 2 * block + packed, words
 
 
 def _weigh_backward(shape: Shape, training: Training) -> tuple[Component, ...]:
     held, formula = count_held(shape, training), explain_held(shape, training)
+    held += _count_heap(held, training)
     if training.gradient_checkpointing:
         cast = 2 * shape.linear_parameters // max(1, shape.n_layers) if training.is_autocast else 0
         again = count_block(shape, training) + cast

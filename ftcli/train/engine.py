@@ -14,7 +14,7 @@ from ftcli.fused.layer import is_fused, unwrap
 from ftcli.model.base import choose_dtype
 from ftcli.model.build import Built, build_model, count_parameters, enable_checkpointing
 from ftcli.recipe import Recipe
-from ftcli.train.memory import release_before_head, release_between_blocks
+from ftcli.train.memory import FUSED_GROWTH, PLAIN_GROWTH, release_between_blocks
 from ftcli.train.optim import build_optimizer
 from ftcli.train.prepare import Prepared
 
@@ -66,12 +66,12 @@ def build_engine(prepared: Prepared, device: torch.device, on_event: OnEvent) ->
             reason = fuse_checked(built.model, with_attention=recipe.model.attn_implementation is None)
         if reason:
             on_event(Notice(f"{reason}: training takes the plain path, which is slower"))
-    if device.type == "cpu" and is_fused(built.model):
-        release_before_head(built.model)
-        if recipe.train.gradient_checkpointing:
+    if device.type == "cpu":
+        is_fast = is_fused(built.model)
+        drops = bool(recipe.peft and recipe.peft.lora_dropout)  # whose masks leave holes that nothing else fits into
+        release_between_blocks(built.model, growth=FUSED_GROWTH if is_fast and not drops else PLAIN_GROWTH)
+        if is_fast and recipe.train.gradient_checkpointing:
             enable_checkpointing(unwrap(built.model), keep_attention)
-    elif device.type == "cpu":
-        release_between_blocks(built.model)
     optimizer = build_optimizer(built.model, recipe.train)
     wrapped_model, wrapped_optimizer = accelerator.prepare(built.model, optimizer)
     if recipe.puts_documents_together:

@@ -17,7 +17,8 @@ from torch import nn
 
 _SPARE_BYTES = 1 << 30  # beside the weights of a model that answers: logits, activations, libraries
 _M_MMAP_THRESHOLD = -3  # malloc.h
-_GROWTH = 0.03  # of the memory held: what goes back is faulted in again, so not every block gives back
+PLAIN_GROWTH = 0.03  # of the memory held: what goes back is faulted in again, so not every block gives back
+FUSED_GROWTH = 0.2  # the fast path holds less, and its time would show the faults more
 _LARGE_BYTES = 4 << 20  # of 1, 2 and 4 MiB the one with the fewest page faults at the same peak
 
 
@@ -41,15 +42,16 @@ def limit_heap() -> None:
         _open_libc().mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
-def release_between_blocks(model: nn.Module) -> None:
+def release_between_blocks(model: nn.Module, *, growth: float = PLAIN_GROWTH) -> None:
     """Nothing; while ``model`` trains, free heap goes back before the head, and between blocks where it has grown.
 
     Each page that goes back is faulted in again, at a cost that is seen in a step's time; so on the way through the
-    blocks, forward and back, it is given back only when memory has grown by a share that forecasts can bear.
+    blocks, forward and back, it is given back only when memory has grown by the share ``growth``, which a forecast
+    has to bear.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    heap = _Heap()
+    heap = _Heap(growth)
 
     def before_block(module: nn.Module, _: object) -> None:
         if module.training:
@@ -60,39 +62,23 @@ def release_between_blocks(model: nn.Module) -> None:
         if module.training and hidden.requires_grad:
             hidden.register_hook(lambda _: heap.trim_grown())
 
-    def before_head(module: nn.Module, _: object) -> None:
-        if module.training:
+    def before_head(module: nn.Module, _: object, output: object) -> None:
+        if module.training and torch.is_grad_enabled():
             heap.trim()
 
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.register_forward_pre_hook(before_block)
-            module.register_forward_hook(after_block)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is not None:
-        head.register_forward_pre_hook(before_head)
-
-
-def release_before_head(model: nn.Module) -> None:
-    """Nothing; while ``model`` trains by the fast path, free heap goes back after its last block, before the head.
-
-    That path works in place, so what lies between the blocks is little; the peak is the head's.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    def after_blocks(module: nn.Module, _: object, output: object) -> None:
-        if module.training:
-            release_free_memory()
-
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for module in blocks:
+        module.register_forward_pre_hook(before_block)
+        module.register_forward_hook(after_block)
     if blocks:
-        blocks[-1].register_forward_hook(after_blocks)
+        blocks[-1].register_forward_hook(before_head)
 
 
 class _Heap:
     """The heap of this process: what was held when free memory last went back, and the most that was ever held."""
 
-    def __init__(self) -> None:
+    def __init__(self, growth: float) -> None:
+        self.growth = growth
         self.trimmed_bytes = self.most_bytes = 0
 
     def trim(self) -> None:
@@ -103,7 +89,7 @@ class _Heap:
         held = measure_rss()
         self.most_bytes = max(self.most_bytes, held)
         self.trimmed_bytes = min(self.trimmed_bytes, held)
-        if held - self.trimmed_bytes > _GROWTH * self.most_bytes:
+        if held - self.trimmed_bytes > self.growth * self.most_bytes:
             self.trim()
 
 
