@@ -25,7 +25,7 @@ from ftcli.fused.family import FAMILIES, Family
 from ftcli.fused.gate import Activation, apply_gate
 from ftcli.fused.head import compute_losses
 from ftcli.fused.norm import normalize
-from ftcli.fused.projection import project
+from ftcli.fused.projection import project, project_last
 from ftcli.fused.rope import rotate
 
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -188,7 +188,7 @@ def forward_ffn(module: Any, family: Family, activation: Activation, x: torch.Te
         gate, up = project(x, [module.gate_up_proj])[0].chunk(2, dim=-1)
     else:
         gate, up = project(x, [module.gate_proj, module.up_proj])
-    return project(apply_gate(gate, up, activation), [module.down_proj])[0]
+    return project_last(apply_gate(gate, up, activation), module.down_proj)
 
 
 def forward_norm(module: Any, family: Family, x: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,65 @@ def project(x: torch.Tensor, modules: Sequence[nn.Module]) -> list[torch.Tensor]
     covered = [projection for projection in projections if projection]
     outputs = iter(_Project.apply(x, covered, *list_factors(covered)) if covered else ())  # type: ignore[no-untyped-call]
     return [next(outputs) if p else module(x) for p, module in zip(projections, modules, strict=True)]
+
+
+def project_last(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """What ``module``, the last of a block, makes of ``x``: as ``project``, in two parts.
+
+    Checkpointing stops to compute a block again once it has all that the block kept. Here x is kept by x Aᵀ, and the
+    large product after it keeps nothing, so it is never made again.
+    """
+    projection = read_projection(module)
+    if projection is None:
+        return module(x)  # type: ignore[no-any-return]
+    if projection.a is None:
+        return _Expand.apply(x, None, None, projection)  # type: ignore[no-any-return,no-untyped-call]
+    hidden = _Shrink.apply(x, projection.a, projection)  # type: ignore[no-untyped-call]
+    return _Expand.apply(x, hidden, projection.b, projection)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Shrink(torch.autograd.Function):
+    """x Aᵀ."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, a: torch.Tensor, projection: Projection) -> torch.Tensor:
+        mask = _draw_mask(x, projection.dropout) if projection.dropout else None
+        ctx.save_for_backward(x, mask)
+        ctx.projection = projection
+        return _drop(x, mask, projection.dropout) @ a.to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        x, mask = ctx.saved_tensors
+        a, rate = ctx.projection.a, ctx.projection.dropout
+        dropped = _drop(x, mask, rate).flatten(0, -2)
+        grad_x = _drop(grad @ a.to(grad.dtype), mask, rate) if ctx.needs_input_grad[0] else None
+        return grad_x, (grad.flatten(0, -2).T @ dropped).to(a.dtype), None
+
+
+class _Expand(torch.autograd.Function):
+    """x Wᵀ + b + s (x Aᵀ) Bᵀ, of which x Aᵀ is given; it stays with the node, small as it is, and nothing else does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, hidden: torch.Tensor | None, b: torch.Tensor | None, projection: Projection
+    ) -> torch.Tensor:
+        ctx.hidden, ctx.projection = hidden, projection
+        output = functional.linear(x, projection.load_weight(x.dtype), projection.base.bias)
+        if hidden is not None and b is not None:
+            flat = output.view(-1, output.shape[-1])
+            flat.addmm_(hidden.flatten(0, -2), b.to(x.dtype).T, alpha=projection.scaling)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        projection, hidden = ctx.projection, ctx.hidden
+        grad_x = grad @ projection.load_weight(grad.dtype) if ctx.needs_input_grad[0] else None
+        if hidden is None:
+            return grad_x, None, None, None
+        grad_hidden = (grad @ projection.b.to(grad.dtype)).mul_(projection.scaling)
+        grad_b = (hidden.flatten(0, -2).T @ grad.flatten(0, -2)).mul_(projection.scaling).T.to(projection.b.dtype)
+        return grad_x, grad_hidden, grad_b, None
 
 
 def list_factors(projections: Sequence[Projection]) -> list[torch.Tensor]:
@@ -143,7 +203,7 @@ def multiply_back(
         mask = next(noise) if p.dropout else None
         a, b = p.a.to(grad.dtype), p.b.to(grad.dtype)
         grad_hidden = (grad @ b).mul_(p.scaling)
-        dropped = x if mask is None else _drop(x, mask, p.dropout)
+        dropped = _drop(x, mask, p.dropout)
         grad_factors.append((grad_hidden.T @ dropped).to(p.a.dtype))
         # as (r, out): what is turned round for the product is the small factor, not the gradient
         grad_factors.append((next(left).T @ grad).mul_(p.scaling).T.to(p.b.dtype))
@@ -166,8 +226,8 @@ def _draw_mask(x: torch.Tensor, rate: float) -> torch.Tensor:
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - rate)
 
 
-def _drop(x: torch.Tensor, mask: torch.Tensor, rate: float) -> torch.Tensor:
-    return (x * mask).div_(1 - rate)
+def _drop(x: torch.Tensor, mask: torch.Tensor | None, rate: float) -> torch.Tensor:
+    return x if mask is None else (x * mask).div_(1 - rate)
 
 
 def _is_frozen_linear(module: nn.Module) -> bool:
