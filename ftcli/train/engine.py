@@ -56,8 +56,6 @@ def build_engine(prepared: Prepared, device: torch.device, on_event: OnEvent) ->
     dtype = choose_dtype(recipe.model.dtype, device)
     on_event(Stage("load", f"{str(dtype).removeprefix('torch.')} on {device.type}"))
     built = build_model(recipe, prepared.files, dtype=dtype, device=device, new_tokens=prepared.new_tokens)
-    counts = count_parameters(built.model)
-    on_event(Stage("parameters", f"{counts.trainable:,} of {counts.total:,} are trained"))
     mixed_precision = choose_mixed_precision(dtype, trains_base_weights=built.trains_base_weights)
     AcceleratorState._reset_state()  # or a second run in this process could not choose another precision
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
@@ -66,8 +64,10 @@ def build_engine(prepared: Prepared, device: torch.device, on_event: OnEvent) ->
             reason = fuse_checked(built.model, with_attention=recipe.model.attn_implementation is None)
         if reason:
             on_event(Notice(f"{reason}: training takes the plain path, which is slower"))
+    is_fast, counts = is_fused(built.model), count_parameters(built.model)
+    way = ", by the fast path" if is_fast else ""
+    on_event(Stage("parameters", f"{counts.trainable:,} of {counts.total:,} are trained{way}"))
     if device.type == "cpu":
-        is_fast = is_fused(built.model)
         drops = bool(recipe.peft and recipe.peft.lora_dropout)  # whose masks leave holes that nothing else fits into
         release_between_blocks(built.model, growth=FUSED_GROWTH if is_fast and not drops else PLAIN_GROWTH)
         if is_fast and recipe.train.gradient_checkpointing:
