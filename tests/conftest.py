@@ -90,11 +90,13 @@ def build_config(kind: str = "llama", *, tied: bool = True, vocab_size: int = 38
         "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,
         "phi3": transformers.Phi3Config,
+        "gemma": transformers.GemmaConfig,
         "gemma2": transformers.Gemma2Config,
         "gemma3": transformers.Gemma3TextConfig,
+        "smollm3": transformers.SmolLM3Config,
         "gpt2": transformers.GPT2Config,
     }
-    if kind in {"phi3", "qwen2"}:
+    if kind in {"phi3", "qwen2", "smollm3"}:
         common.pop("head_dim")
     if kind == "gpt2":
         common = {"vocab_size": vocab_size, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
