@@ -67,6 +67,7 @@ def read_projection(module: nn.Module) -> Projection | None:
 
 def project(x: torch.Tensor, modules: Sequence[nn.Module]) -> list[torch.Tensor]:
     """What each of ``modules`` makes of ``x`` (…, in): together where they are covered, else each by itself."""
+    x = follow_autocast(x)
     projections = [read_projection(module) for module in modules]
     covered = [projection for projection in projections if projection]
     outputs = iter(_Project.apply(x, covered, *list_factors(covered)) if covered else ())  # type: ignore[no-untyped-call]
@@ -79,6 +80,7 @@ def project_last(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
     Checkpointing stops to compute a block again once it has all that the block kept. Here x is kept by x Aᵀ, and the
     large product after it keeps nothing, so it is never made again.
     """
+    x = follow_autocast(x)
     projection = read_projection(module)
     if projection is None:
         return module(x)  # type: ignore[no-any-return]
@@ -115,7 +117,9 @@ class _Expand(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, hidden: torch.Tensor | None, b: torch.Tensor | None, projection: Projection
     ) -> torch.Tensor:
         ctx.hidden, ctx.projection = hidden, projection
-        output = functional.linear(x, projection.load_weight(x.dtype), projection.base.bias)
+        bias = projection.base.bias
+        bias = bias if bias is None else bias.to(x.dtype)
+        output = functional.linear(x, projection.load_weight(x.dtype), bias)
         if hidden is not None and b is not None:
             flat = output.view(-1, output.shape[-1])
             flat.addmm_(hidden.flatten(0, -2), b.to(x.dtype).T, alpha=projection.scaling)
@@ -130,6 +134,12 @@ class _Expand(torch.autograd.Function):
         grad_hidden = (grad @ projection.b.to(grad.dtype)).mul_(projection.scaling)
         grad_b = (hidden.flatten(0, -2).T @ grad.flatten(0, -2)).mul_(projection.scaling).T.to(projection.b.dtype)
         return grad_x, grad_hidden, grad_b, None
+
+
+def follow_autocast(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in the dtype that autocast, where it is on, would have a product of it in."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def list_factors(projections: Sequence[Projection]) -> list[torch.Tensor]:
@@ -232,6 +242,8 @@ def _drop(x: torch.Tensor, mask: torch.Tensor | None, rate: float) -> torch.Tens
 
 def _is_frozen_linear(module: nn.Module) -> bool:
     """A linear layer that is not trained, 4-bit or plain; subclasses of other libraries are not known."""
+    if any(p.requires_grad for p in module.parameters()):
+        return False
     if type(module).__name__ == "Linear4bit":
         return getattr(module.weight, "quant_state", None) is not None
-    return type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters())
+    return type(module) is nn.Linear
