@@ -81,8 +81,7 @@ def _attend_document(
     return (functional.dropout(weights, dropout) @ v)[0].transpose(0, 1)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)  # they grow with the square of a document; to make one costs little beside attention itself
 def build_window(n_tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
     """Which tokens (columns) each token (row) sees: bool (n_tokens, n_tokens)."""
-    distance = torch.arange(n_tokens, device=device)[:, None] - torch.arange(n_tokens, device=device)
-    return (distance >= 0) & (distance < (window or n_tokens))
+    return torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril_().triu_(1 - (window or n_tokens))
