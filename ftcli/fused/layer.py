@@ -159,14 +159,19 @@ def forward_attention(
         v,
         documents,
         scale=module.scaling,
-        window={"none": None, "module": getattr(module, "sliding_window", None)}.get(
-            family.window, getattr(module.config, "sliding_window", None)
-        ),
+        window=_find_window(module, family),
         softcap=module.attn_logit_softcapping if family.has_softcap else None,
         dropout=module.attention_dropout if module.training else 0.0,
     )
     (out,) = project(seen.flatten(1), [module.o_proj])
     return out[None], None
+
+
+def _find_window(module: Any, family: Family) -> int | None:
+    """How many tokens a token of this layer sees, itself among them; None: all before it."""
+    if family.window == "none":
+        return None
+    return getattr(module if family.window == "module" else module.config, "sliding_window", None)
 
 
 def _project_heads(module: Any, family: Family, x: torch.Tensor) -> list[torch.Tensor]:
