@@ -67,10 +67,10 @@ def read_projection(module: nn.Module) -> Projection | None:
 
 def project(x: torch.Tensor, modules: Sequence[nn.Module]) -> list[torch.Tensor]:
     """What each of ``modules`` makes of ``x`` (…, in): together where they are covered, else each by itself."""
-    x = follow_autocast(x)
     projections = [read_projection(module) for module in modules]
     covered = [projection for projection in projections if projection]
-    outputs = iter(_Project.apply(x, covered, *list_factors(covered)) if covered else ())  # type: ignore[no-untyped-call]
+    factors, narrow = list_factors(covered), follow_autocast(x)
+    outputs = iter(_Project.apply(narrow, covered, *factors) if covered else ())  # type: ignore[no-untyped-call]
     return [next(outputs) if p else module(x) for p, module in zip(projections, modules, strict=True)]
 
 
@@ -80,10 +80,10 @@ def project_last(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
     Checkpointing stops to compute a block again once it has all that the block kept. Here x is kept by x Aᵀ, and the
     large product after it keeps nothing, so it is never made again.
     """
-    x = follow_autocast(x)
     projection = read_projection(module)
     if projection is None:
         return module(x)  # type: ignore[no-any-return]
+    x = follow_autocast(x)
     if projection.a is None:
         return _Expand.apply(x, None, None, projection)  # type: ignore[no-any-return,no-untyped-call]
     hidden = _Shrink.apply(x, projection.a, projection)  # type: ignore[no-untyped-call]

@@ -135,7 +135,7 @@ def _count_fused_block(shape: Shape, training: Training) -> int:
     width += 2 * (stream * h + 4)  # the norms' inputs, and a number each
     width += size * 2 * f  # gate, up
     if training.method == "full":
-        return training.tokens * (width + size * (2 * h + f))  # inputs of q, k, v, of gate, up, and of down
+        return training.tokens * (width + size * ((5 if training.is_autocast else 2) * h + f))  # autocast: one each
     width += size * (h if has else 0) + size * (h if has > 4 else 0) + size * (f if has > 6 else 0)  # shared inputs
     width += round(size * training.r * has)  # A(x)
     if training.lora_dropout:
