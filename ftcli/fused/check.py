@@ -15,7 +15,7 @@ from ftcli.errors import ContentError, NumericError
 from ftcli.fused.layer import fuse, is_fused, unfuse
 
 _PROBE_TOKENS = 6
-_TOLERANCE = 0.25  # of the logits' spread: a wrong mask or layer moves them by all of it, rounding by a hundredth
+_TOLERANCE = 0.25  # of the logits' spread: a wrong mask or layer moves them by all of it, rounding by 0.05 in bfloat16
 
 
 def fuse_checked(model: Any, *, with_attention: bool = True) -> str:
@@ -81,5 +81,8 @@ def _probe(model: Any, *, first: int = 0) -> torch.Tensor:
 
 
 def _compare(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, as a share of the spread of what is expected."""
-    return float((found - expected).abs().max() / expected.std().clamp(min=1e-6))
+    """The root mean square of the difference, as a share of the spread of what is expected.
+
+    Not the largest difference: in bfloat16 rounding moves one of half a million logits by a quarter of the spread.
+    """
+    return float((found - expected).square().mean().sqrt() / expected.std().clamp(min=1e-6))
