@@ -71,7 +71,7 @@ def test_checkpointing_changes_no_bit(kind: str, keeps_attention: bool) -> None:
     assert torch.equal(join(again), join(whole))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_of_lora_are_equal(kind: str, name: str) -> None:
     found = check_equal(add_lora(build_random(kind, tied=False), **SETTINGS[name]), build_flat())
@@ -109,7 +109,7 @@ def test_a_trained_head_that_is_the_embedding_is_equal(changes: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_all_weights_trained_are_equal(kind: str, tied: bool) -> None:
     found = check_equal(build_random(kind, tied=tied).train(), build_flat())
     assert any("norm" in name for name in found.gradients)
@@ -138,7 +138,7 @@ def test_transformers_own_attention_is_equal(kind: str, attention: str) -> None:
         ("smollm3", {"rope_type": "yarn", "factor": 2.0}),
     ],
 )
-@pytest.mark.parametrize("context", [512, 24])
+@pytest.mark.parametrize("context", [pytest.param(512, marks=pytest.mark.slow), 24])
 def test_scaled_and_partial_rotation_is_equal(kind: str, rope: dict[str, Any], context: int) -> None:
     """A context of 24 is what the longest document exceeds."""
     more = {"original_max_position_embeddings": 24} if rope["rope_type"] in {"llama3", "yarn", "longrope"} else {}
