@@ -116,7 +116,7 @@ def watch_sizes() -> Iterator[Watch]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_nothing_is_as_large_as_all_pairs_of_tokens(kind: str, checkpointing: bool) -> None:
     """Forward and backward; the plain path makes a mask over all of them."""
     lengths = [50, 30, 40] * 6

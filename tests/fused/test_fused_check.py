@@ -24,7 +24,7 @@ def read_logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("with_attention", [True, False])
+@pytest.mark.parametrize("with_attention", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_known_family_is_fused_and_nothing_else_changes(kind: str, with_attention: bool) -> None:
     model = add_lora(build_random(kind), lora_dropout=0.5)
     state, names = torch.get_rng_state(), list(model.state_dict())

@@ -60,7 +60,7 @@ def test_each_known_family_is_tested() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("keeps_attention", [False, True])
+@pytest.mark.parametrize("keeps_attention", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_checkpointing_changes_no_bit(kind: str, keeps_attention: bool) -> None:
     model, batch = add_lora(build_random(kind), lora_dropout=0.2), build_flat()
     assert fuse(model)

@@ -111,7 +111,7 @@ def test_4_bits_are_one_trajectory(write_recipe: Any, tmp_path: Path, peft: dict
 @pytest.mark.parametrize(
     ("peft", "tied"),
     [
-        ({"r": 4}, True),
+        pytest.param({"r": 4}, True, marks=pytest.mark.slow),
         ({"r": 4, "modules_to_save": ["embed_tokens"]}, False),
         pytest.param({"r": 4, "modules_to_save": ["embed_tokens"]}, True, marks=pytest.mark.slow),
         pytest.param({"r": 4, "modules_to_save": ["lm_head", "norm"]}, False, marks=pytest.mark.slow),
