@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ftcli.recipe import Recipe
+
 
 @dataclass(frozen=True)
 class Family:
@@ -49,12 +51,6 @@ FAMILIES = {
 }
 
 
-def is_fast(family: str, *, is_wanted: bool, attention: str | None) -> bool:
-    """Whether a run of a model of ``family`` (``model_type``) is forecast as one by the fast path throughout.
-
-    Args:
-        family: ``model_type`` of its config.
-        is_wanted: ``train.fused``.
-        attention: ``model.attn_implementation``, which leaves attention to transformers.
-    """
-    return is_wanted and attention is None and family in FAMILIES
+def is_fast(recipe: Recipe, family: str) -> bool:
+    """Whether a run of a model of ``family`` (``model_type``) is forecast as one by the fast path throughout."""
+    return recipe.train.fused and recipe.model.attn_implementation is None and family in FAMILIES

@@ -99,9 +99,7 @@ def plan_recipe(
     shape = measure_shape(anatomy)
     notices = _list_notices(recipe)
     found, dtype = (device, "bfloat16") if device else _find_device(recipe)
-    is_fused = is_fast(
-        anatomy.dimensions.family, is_wanted=recipe.train.fused, attention=recipe.model.attn_implementation
-    )
+    is_fused = is_fast(recipe, anatomy.dimensions.family)
     training = build_recipe_training(recipe, anatomy, device=found, is_fused=is_fused, dtype=dtype)
     data = _count_data(path, overrides, notices, on_event)
     plan = _plan(

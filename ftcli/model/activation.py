@@ -85,10 +85,12 @@ class Training:
 
 
 def count_held(shape: Shape, training: Training) -> int:
+    """Bytes that autograd holds of blocks and what lies around them at the end of a forward pass, logits left out."""
     return shape.n_layers * _count_kept(shape, training) + _count_around_blocks(shape, training)
 
 
 def explain_held(shape: Shape, training: Training) -> str:
+    """The sum that ``count_held`` is, in words and numbers."""
     kept = "hidden state" if training.gradient_checkpointing else "saved tensors"
     around = _count_around_blocks(shape, training)
     return f"{shape.n_layers} blocks × {_count_kept(shape, training):,} bytes ({kept}) + {around:,} around them"
@@ -189,6 +191,7 @@ def _count_around_blocks(shape: Shape, training: Training) -> int:  # embedding,
 
 
 def count_logits(shape: Shape, training: Training) -> int:
+    """Bytes of logits that autograd holds at the end of a forward pass."""
     if training.is_fused and training.method != "full":
         return 0  # fused/head.py: none outlives the forward pass
     return 4 * training.target_tokens * shape.vocab  # evaluate/loss.py: log-softmax in float32, labelled rows only

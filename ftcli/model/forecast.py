@@ -117,8 +117,7 @@ def _name_parts(activations: tuple[int, str], logits: tuple[int, str], work: tup
 
 def _weigh_head(shape: Shape, training: Training) -> tuple[Component, ...]:
     # log_softmax's output, nll_loss' gradient and log_softmax's gradient: ATen LossNLL, SoftMaxBackward
-    size = count_held(shape, training)
-    held = size + _count_heap(size, training), explain_held(shape, training)
+    held = _weigh_held(shape, training)
     if training.is_fused and training.method != "full":
         return _name_parts(held, _weigh_chunk(shape, training), (0, "counted with the logits"))
     logits = 3 * count_logits(shape, training)
@@ -126,9 +125,13 @@ def _weigh_head(shape: Shape, training: Training) -> tuple[Component, ...]:
     return _name_parts(held, (logits, words), (0, "the loss's own are counted with the logits"))
 
 
-def _count_heap(held: int, training: Training) -> int:
-    """What the heap of a CPU holds besides on the fast path, which gives free blocks back seldom (train/memory.py)."""
-    return round(_HEAP_SHARE * held) if training.is_fused and training.device == "cpu" else 0
+def _weigh_held(shape: Shape, training: Training) -> tuple[int, str]:
+    """What autograd holds; on the fast path a CPU's heap besides, as free blocks go back seldom (train/memory.py)."""
+    held, words = count_held(shape, training), explain_held(shape, training)
+    if not (training.is_fused and training.device == "cpu"):
+        return held, words
+    heap = round(_HEAP_SHARE * held)
+    return held + heap, f"{words} + {heap:,} bytes of free heap"
 
 
 def _weigh_chunk(shape: Shape, training: Training) -> tuple[int, str]:
@@ -145,8 +148,7 @@ def _weigh_chunk(shape: Shape, training: Training) -> tuple[int, str]:
 
 
 def _weigh_backward(shape: Shape, training: Training) -> tuple[Component, ...]:
-    held, formula = count_held(shape, training), explain_held(shape, training)
-    held += _count_heap(held, training)
+    held, formula = _weigh_held(shape, training)
     if training.gradient_checkpointing:
         cast = 2 * shape.linear_parameters // max(1, shape.n_layers) if training.is_autocast else 0
         again = count_block(shape, training) + cast

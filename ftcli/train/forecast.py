@@ -56,8 +56,7 @@ def forecast_run(prepared: Prepared) -> RunForecast | None:
         anatomy = describe_files(config, table, where=files.reference)
         dtype = str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
         kind: Device = "cuda" if device.type == "cuda" else "cpu"
-        family, attention = anatomy.dimensions.family, recipe.model.attn_implementation
-        is_fused = is_fast(family, is_wanted=recipe.train.fused, attention=attention)
+        is_fused = is_fast(recipe, anatomy.dimensions.family)
         training = build_recipe_training(recipe, anatomy, device=kind, is_fused=is_fused, dtype=dtype)
         shape = measure_shape(anatomy)
     except FtcliError:
