@@ -20,7 +20,7 @@ from ftcli.model.precision import count_nf4_bytes
 
 _DEVICE_RESERVE = 600 << 20  # CUDA context, cuBLAS workspace, and what the driver keeps of a card
 _CPU_RUNTIME = 28_000_000  # library code and threads that only training wakes; measured, the same for every model
-_HEAP_SHARE = 0.08  # of what is held for the backward pass; measured, see benchmarks/forecast.py
+_HELD_HEAP, _FREED_HEAP = 0.08, 0.13  # shares of free heap while activations pile up, and while they go; measured
 HEAD_ROWS = 512  # labelled rows whose logits the fast path has at a time: enough to fill a product
 HEAD_BLOCK_BYTES = 4 << 20  # of float32 logits that a CPU works on at a time there: they stay in its cache
 HALVED_ROWS = "train.gradient_accumulation_steps"  # the key of the change that puts fewer rows side by side
@@ -64,9 +64,13 @@ def forecast_memory(shape: Shape, training: Training) -> Forecast:
     Gradients are counted as there in every phase, as from a step's second micro-batch on.
     """
     weighers = {"head": _weigh_head, "backward": _weigh_backward, "update": _weigh_update}
+    resident = tuple(_list_resident(shape, training))
     phases = {name: weigh(shape, training) for name, weigh in weighers.items()}
+    if training.is_fused and training.device == "cpu":
+        held_bytes = sum(part.size_bytes for part in resident)
+        phases = {name: (*parts, _weigh_heap(name, parts, held_bytes, training)) for name, parts in phases.items()}
     peak = max(phases, key=lambda name: sum(part.size_bytes for part in phases[name]))
-    components = (*_list_resident(shape, training), *phases[peak])
+    components = (*resident, *phases[peak])
     is_measured = (training.device, training.strategy) == ("cpu", "single") and training.dtype == "float32"
     return Forecast(components, sum(part.size_bytes for part in components), peak, is_measured and shape.is_gated)
 
@@ -117,7 +121,7 @@ def _name_parts(activations: tuple[int, str], logits: tuple[int, str], work: tup
 
 def _weigh_head(shape: Shape, training: Training) -> tuple[Component, ...]:
     # log_softmax's output, nll_loss' gradient and log_softmax's gradient: ATen LossNLL, SoftMaxBackward
-    held = _weigh_held(shape, training)
+    held = count_held(shape, training), explain_held(shape, training)
     if training.is_fused and training.method != "full":
         return _name_parts(held, _weigh_chunk(shape, training), (0, "counted with the logits"))
     logits = 3 * count_logits(shape, training)
@@ -125,13 +129,13 @@ def _weigh_head(shape: Shape, training: Training) -> tuple[Component, ...]:
     return _name_parts(held, (logits, words), (0, "the loss's own are counted with the logits"))
 
 
-def _weigh_held(shape: Shape, training: Training) -> tuple[int, str]:
-    """What autograd holds; on the fast path a CPU's heap besides, as free blocks go back seldom (train/memory.py)."""
-    held, words = count_held(shape, training), explain_held(shape, training)
-    if not (training.is_fused and training.device == "cpu"):
-        return held, words
-    heap = round(_HEAP_SHARE * held)
-    return held + heap, f"{words} + {heap:,} bytes of free heap"
+def _weigh_heap(phase: str, parts: tuple[Component, ...], resident_bytes: int, training: Training) -> Component:
+    """What a CPU's heap holds besides: on the fast path free blocks go back seldom (train/memory.py)."""
+    if phase == "head" or training.lora_dropout:  # with dropout it is looked at more often
+        held = parts[0].size_bytes
+        return Component("free heap", round(_HELD_HEAP * held), f"{_HELD_HEAP:.0%} of the activations, measured")
+    size = resident_bytes + sum(part.size_bytes for part in parts)
+    return Component("free heap", round(_FREED_HEAP * size), f"{_FREED_HEAP:.0%} of all else, measured")
 
 
 def _weigh_chunk(shape: Shape, training: Training) -> tuple[int, str]:
@@ -148,7 +152,7 @@ def _weigh_chunk(shape: Shape, training: Training) -> tuple[int, str]:
 
 
 def _weigh_backward(shape: Shape, training: Training) -> tuple[Component, ...]:
-    held, formula = _weigh_held(shape, training)
+    held, formula = count_held(shape, training), explain_held(shape, training)
     if training.gradient_checkpointing:
         cast = 2 * shape.linear_parameters // max(1, shape.n_layers) if training.is_autocast else 0
         again = count_block(shape, training) + cast

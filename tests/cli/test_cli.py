@@ -231,10 +231,10 @@ def test_signals_save_and_say_how_to_go_on(write_recipe: Any, tmp_path: Path, nu
 
 def test_a_killed_run_resumes_from_its_newest_checkpoint(write_recipe: Any, tmp_path: Path) -> None:
     path = write_recipe(checkpoint={"save_steps": 2})
-    whole = start("train", str(path), "--set", "output_dir=" + str(tmp_path / "whole"), "--set", "train.max_steps=60")
+    whole = start("train", str(path), "--set", "output_dir=" + str(tmp_path / "whole"), "--set", "train.max_steps=24")
     assert whole.communicate(timeout=120) is not None
     assert whole.returncode == 0
-    words = ("train", str(path), "--set", "train.max_steps=60")
+    words = ("train", str(path), "--set", "train.max_steps=24")
     process = start(*words)
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000004"
     deadline = time.monotonic() + 60

@@ -51,6 +51,7 @@ def test_weights_come_back_as_they_were(tmp_path: Path, tiny_tokenizer: Any, kin
     assert 0 < difference < 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "pre"), [("llama-3.1", "llama-bpe"), ("qwen3", "qwen2")])
 def test_real_vocabularies_tokenise_as_the_original(tmp_path: Path, name: str, pre: str) -> None:
     from transformers import AutoTokenizer

@@ -349,6 +349,7 @@ def test_padding_that_ends_a_turn_is_fitted_to_as_well(tiny_tokenizer: Any) -> N
     assert tiny_tokenizer.pad_token_id is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_biases_are_kept(method: str, tmp_path: Path, tiny_tokenizer: Any, write_rows: Any) -> None:
     """Those of Qwen 2 lie beside packed weights, and have the type of what is not packed."""
