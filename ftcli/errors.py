@@ -9,7 +9,8 @@
     ├── DiskError           6   disk full, permission, a folder held by another run
     ├── MemoryExhausted     7   host or device memory
     ├── VerificationFailed  8   an artifact that is not the model it came from
-    └── Interrupted   130/143   a signal, after a checkpoint
+    ├── Interrupted   130/143   a signal, after a checkpoint
+    └── PeerFailed              another process of the run failed, and tells it: with that one's code
 
 Anything else that escapes is a bug in ftcli: exit code 1, with its traceback.
 """
@@ -146,6 +147,16 @@ class Interrupted(FtcliError):
     def __init__(self, what: str, *, signal_number: int, hint: str = "") -> None:
         super().__init__(what, hint=hint)
         self.exit_code = 128 + signal_number
+
+
+class PeerFailed(FtcliError):
+    """Another process of the same run failed, which shows the error; ``exit_code`` is that one's."""
+
+    code = "peer"
+
+    def __init__(self, what: str, *, exit_code: int) -> None:
+        super().__init__(what)
+        self.exit_code = exit_code
 
 
 def explain_stop(error: KeyboardInterrupt) -> Interrupted:

@@ -41,7 +41,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepDone:
-    """One optimizer step of a training run is finished."""
+    """One optimizer step of a training run is finished; the memory is that of model and training, 0 if unknown."""
 
     step: int
     total_steps: int
@@ -51,6 +51,8 @@ class StepDone:
     lr: float
     tokens_per_second: float
     seconds_left: float
+    memory_bytes: int = 0
+    forecast_bytes: int = 0
 
 
 @dataclass(frozen=True)

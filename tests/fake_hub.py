@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -32,6 +33,7 @@ PARAMETERS = 4_170_048
 COMMIT = "a" * 40
 _API = re.compile(r"/api/models/(?P<id>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?")
 _TREE = re.compile(r"/api/models/(?P<id>[^/]+/[^/]+)/(?P<kind>tree|paths-info)/(?P<revision>[^/]+)")
+_WRITE = re.compile(r"/api/models/(?P<id>[^/]+/[^/]+)/(?P<kind>preupload|commit)/(?P<revision>[^/]+)")
 _FILE = re.compile(r"/(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)")
 
 
@@ -64,6 +66,8 @@ class FakeHub:
         self.token = "hf_good"
         self.commit = COMMIT
         self.reads_ranges = True
+        self.private: dict[str, bool] = {}  # of the repositories that were made here
+        self.messages: list[str] = []  # of commits
         self.closing = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
@@ -123,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = unquote(self.path.split("?")[0])
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         for fault in self.hub.faults:
             if fault.on in path:
                 if not fault.status:
@@ -135,6 +139,12 @@ class _Handler(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token != self.hub.token:
             self._send(401, b"", {"X-Error-Message": "Invalid credentials in Authorization header"})
+            return
+        if path == "/api/validate-yaml":
+            self._send(200, b'{"errors": [], "warnings": []}')
+            return
+        if path == "/api/repos/create" or _WRITE.fullmatch(path):
+            self._write(path, body, has_token=bool(token))
             return
         found = _TREE.fullmatch(path) or _FILE.fullmatch(path) or _API.fullmatch(path)
         files = self.hub.repositories.get(found["id"]) if found else None
@@ -154,7 +164,41 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, json.dumps(entries).encode())
         else:
             document = {"id": found["id"], "sha": self.hub.commit, "siblings": [{"rfilename": name} for name in files]}
+            document["private"] = self.hub.private.get(found["id"], False)
             self._send(200, json.dumps(document).encode())
+
+    def _write(self, path: str, body: bytes, *, has_token: bool) -> None:
+        """A repository is made, or told which files are to come as LFS (none), or has a commit."""
+        if not has_token:
+            self._send(401, b"", {"X-Error-Message": "Invalid username or password."})
+            return
+        found = _WRITE.fullmatch(path)
+        if found is None:
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else f"me/{asked['name']}"
+            if name in self.hub.repositories:
+                self._send(409, json.dumps({"url": f"{self.hub.url}/{name}"}).encode())
+                return
+            self.hub.repositories[name] = {}
+            self.hub.private[name] = asked.get("visibility") == "private" or bool(asked.get("private"))
+            self._send(200, json.dumps({"url": f"{self.hub.url}/{name}"}).encode())
+        elif found["kind"] == "preupload":
+            entries = [
+                {"path": entry["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                for entry in json.loads(body)["files"]
+            ]
+            self._send(200, json.dumps({"files": entries}).encode())
+        else:
+            for line in body.decode().splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "header":
+                    self.hub.messages.append(entry["value"]["summary"])
+                elif entry["key"] == "file":
+                    content = base64.b64decode(entry["value"]["content"])
+                    self.hub.repositories[found["id"]][entry["value"]["path"]] = content
+            oid = self.hub.commit
+            answer = {"commitUrl": f"{self.hub.url}/{found['id']}/commit/{oid}", "commitOid": oid, "success": True}
+            self._send(200, json.dumps(answer).encode())
 
     def _send_file(self, data: bytes | None) -> None:
         if data is None:

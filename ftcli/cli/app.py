@@ -14,7 +14,21 @@ from typer.core import TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from ftcli import __version__
-from ftcli.cli import chat, console, env, export, inspect, merge, quantize, recipe, tokenize, train
+from ftcli.cli import (
+    chat,
+    console,
+    env,
+    export,
+    generate,
+    inspect,
+    merge,
+    push,
+    quantize,
+    recipe,
+    runs,
+    tokenize,
+    train,
+)
 from ftcli.cli.eval import evaluate
 from ftcli.errors import (
     DiskError,
@@ -35,11 +49,11 @@ class ErrorGroup(TyperGroup):
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
         extra["standalone_mode"] = False
         words = list(sys.argv[1:] if args is None else args)
-        is_told = False
+        as_json, is_told = "--json" in words and console.is_main_process(), False
         try:
             code = super().main(words, *rest, **extra)
         except FtcliError as error:
-            code = console.show_error(error, as_json="--json" in words)
+            code = console.show_error(error, as_json=as_json)
             is_told = True
         except (KeyboardInterrupt, Abort):
             code = 130
@@ -47,7 +61,7 @@ class ErrorGroup(TyperGroup):
             code, is_told = self._show_usage(error, words), True
         if code == 130 and not is_told:  # typer's word for a signal
             stop = Stopped(received[0]) if received else KeyboardInterrupt()
-            code = console.show_error(explain_stop(stop), as_json="--json" in words)
+            code = console.show_error(explain_stop(stop), as_json=as_json)
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
@@ -113,8 +127,11 @@ app.command("merge")(merge.merge)
 app.command("quantize")(quantize.quantize)
 app.command("export")(export.export)
 app.command("eval")(evaluate)
+app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.add_typer(recipe.app, name="recipe")
+app.command("push")(push.push)
+app.add_typer(runs.app, name="runs")
 app.command("env")(env.env)
 
 

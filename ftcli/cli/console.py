@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,10 +15,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ftcli.cli import exported, quantized
+from ftcli.cli.event import describe_event, describe_progress
 from ftcli.cli.merged import explain_failure, list_merge
 from ftcli.cli.outcome import format_bytes, format_seconds, list_outcome
-from ftcli.errors import FtcliError, VerificationFailed
-from ftcli.events import EvalDone, Event, Notice, OnEvent, Progress, Sampled, Saved, Stage, StepDone
+from ftcli.cli.panel import Panel
+from ftcli.errors import FtcliError, PeerFailed, UsageError, VerificationFailed
+from ftcli.events import EvalDone, Event, OnEvent, Progress, Sampled, StepDone
 
 if TYPE_CHECKING:
     from ftcli.gguf.adapter import ExportedAdapter
@@ -25,14 +28,15 @@ if TYPE_CHECKING:
     from ftcli.jobs.compression import Compared
     from ftcli.jobs.environment import Environment
     from ftcli.jobs.safetensors import SafeExport
-    from ftcli.jobs.summary import RunSummary
     from ftcli.merge.run import Merged
     from ftcli.quantize.work import Quantized
     from ftcli.recipe import LoadedRecipe
+    from ftcli.train.summary import RunSummary
 
 SCHEMA = 1
 _PLAIN_LINES = 20  # about as many step lines as a log of a whole run should have
 _LONGEST_LINE = 2000
+_FRAME_SECONDS = 0.1
 _CONTROL = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}  # not for a terminal
 
 
@@ -75,8 +79,13 @@ def print_json(document: Any) -> None:
     print(text.encode("utf-8", "backslashreplace").decode("utf-8"), flush=True)
 
 
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks for all of its run (torchrun and accelerate number them)."""
+    return os.environ.get("RANK", "0") in ("", "0")
+
+
 def show_error(error: FtcliError, *, as_json: bool) -> int:
-    """The error's exit code, after it was shown."""
+    """The error's exit code, after it was shown; what another process of the run tells is not told again."""
     if as_json:
         details = {
             "code": error.code,
@@ -86,6 +95,8 @@ def show_error(error: FtcliError, *, as_json: bool) -> int:
             "hint": error.hint or None,
         }
         print_json({"schema": SCHEMA, **error.document, "error": details})
+    if isinstance(error, PeerFailed):
+        return error.exit_code
     label = "error:"
     if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
         label = f"\x1b[1;31m{label}\x1b[0m"
@@ -107,7 +118,7 @@ def reporting(*, quiet: bool, verbose: bool) -> Iterator[OnEvent]:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if not verbose:
         _silence_libraries()
-    reporter = Reporter(quiet=quiet)
+    reporter = Reporter(quiet=quiet or not is_main_process())
     try:
         yield reporter.report
     finally:
@@ -118,6 +129,7 @@ def _silence_libraries() -> None:
     """Progress bars and advice of the libraries would bury what ftcli says; errors still come as exceptions."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
@@ -135,19 +147,26 @@ class Reporter:
         self.is_live = sys.stderr.isatty()
         self.has_line = False
         self.is_passing = False
+        self.panel = Panel()
+        self.n_panel_lines = 0
+        self.drawn_at = 0.0
 
     def report(self, event: Event) -> None:
         if self.quiet:
             return
+        if isinstance(event, StepDone | EvalDone | Sampled):
+            self.panel.take(event)
         if isinstance(event, StepDone):
             self._show_step(event)
         elif isinstance(event, Progress):
             if self.is_live:
+                self._clear_panel()
                 self._show_live(f"{event.stage:<10} {describe_progress(event)}")
                 self.is_passing = True
         else:
             self.end_line()
-            print_talk(make_printable(describe_event(event)))
+            self._clear_panel()
+            print_talk(make_printable(describe_event(event, measure_width())))
 
     def end_line(self) -> None:
         """Nothing; the next output begins a line. A count that is over leaves no trace, a step does."""
@@ -155,52 +174,39 @@ class Reporter:
             _print_error("\r\x1b[K" if self.is_passing else "\n")
         self.has_line = self.is_passing = False
 
+    def _clear_panel(self) -> None:
+        if self.n_panel_lines:
+            _print_error(f"\x1b[{self.n_panel_lines}A\x1b[J")
+        self.n_panel_lines = 0
+
     def _show_step(self, event: StepDone) -> None:
+        if self.is_live:
+            self._draw_panel(is_last=event.step == event.total_steps)
+            return
         width = len(str(event.total_steps))
         text = (
             f"step {event.step:>{width}}/{event.total_steps}  loss {event.loss:.4f}  "
             f"{event.tokens_per_second:,.0f} tok/s  {format_seconds(event.seconds_left)} left"
         )
-        if self.is_live:
-            self._show_live(text)
-        elif event.step == 1 or event.step % max(1, event.total_steps // _PLAIN_LINES) == 0:
+        if event.step == 1 or event.step % max(1, event.total_steps // _PLAIN_LINES) == 0:
             print_talk(text)
+
+    def _draw_panel(self, *, is_last: bool) -> None:
+        """Nothing; the lines of the panel stand where they stood, unless they were drawn just now."""
+        now = time.monotonic()
+        if now - self.drawn_at < _FRAME_SECONDS and not is_last:
+            return
+        self.drawn_at = now
+        self.end_line()
+        lines = list(self.panel.list_lines(shutil.get_terminal_size().columns - 1))
+        up = f"\x1b[{self.n_panel_lines}A" if self.n_panel_lines else ""
+        _print_error(up + "".join(f"\r{make_printable(line)}\x1b[K\n" for line in lines) + "\x1b[J")
+        self.n_panel_lines = len(lines)
 
     def _show_live(self, text: str) -> None:
         width = shutil.get_terminal_size().columns
         _print_error(f"\r{text[: width - 1]}\x1b[K")
         self.has_line, self.is_passing = True, False
-
-
-def describe_progress(event: Progress) -> str:
-    """``12/40``, or for bytes ``1.20 of 16.06 GB, 0:42 left``."""
-    left = "" if event.seconds_left is None else f", {format_seconds(event.seconds_left)} left"
-    if event.unit != "bytes":
-        return f"{event.done}/{event.total}{left}" if event.total else ""
-    return f"{format_bytes(event.done)} of {format_bytes(event.total)}{left}"
-
-
-def describe_event(event: Event) -> str:
-    """One line of plain text."""
-    if isinstance(event, Stage):
-        return f"{event.name:<10} {event.detail}"
-    if isinstance(event, Notice):
-        return f"notice: {event.text}"
-    if isinstance(event, EvalDone):
-        score = "" if event.score is None else f"  score {event.score:.1%} of {event.n_rows}"
-        return f"eval       {event.dataset} after step {event.step}: loss {event.loss:.4f}{score}"
-    if isinstance(event, Sampled):
-        prompt, text = (_shorten(value, measure_width() - 12) for value in (event.prompt, event.text))
-        return f"sample     {prompt}\n           → {text}"
-    if isinstance(event, Saved):
-        return f"saved      {event.path}"
-    return str(event)
-
-
-def _shorten(text: str, width: int) -> str:
-    """``text`` on one line of at most ``width`` columns."""
-    line = " ".join(text.split()) or "(nothing)"
-    return line if len(line) <= width else f"{line[: width - 2]} …"
 
 
 def show_run(summary: RunSummary, *, as_json: bool) -> None:
@@ -316,6 +322,20 @@ def show_recipe(loaded: LoadedRecipe, text: str, *, as_json: bool, quiet: bool) 
     elif not quiet:
         print_text(text.rstrip())
         print_talk(f"{loaded.path}: no problems found")
+
+
+def ask(question: str, given: str | None) -> str:
+    """What was ``given``, or what a person at the terminal answers.
+
+    Raises:
+        UsageError: nobody sits there.
+    """
+    if given is not None:
+        return given
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UsageError(f"{question}? nobody can be asked here", hint="name it on the command line")
+    print_marker(f"{question}? ")
+    return input().strip()
 
 
 def show_environment(environment: Environment, *, as_json: bool) -> None:

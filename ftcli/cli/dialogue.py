@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ftcli.cli import console
+from ftcli.cli.event import describe_event
 from ftcli.cli.line import LineReader
 from ftcli.errors import FtcliError, Interrupted
 from ftcli.events import Event
@@ -122,7 +123,7 @@ class _AnswerView:
     def _tell(self, event: Event) -> None:
         self._end_line()
         if not self.quiet:
-            console.print_talk(console.describe_event(event))
+            console.print_talk(describe_event(event, console.measure_width()))
 
     def _end_line(self) -> None:
         if self.is_open:

@@ -103,6 +103,7 @@ def show_recipe_plan(
     should_fit: bool = False,
     on_event: OnEvent,
     command: str = "inspect",
+    n_processes: int = 1,
 ) -> None:
     """Nothing; the forecast of the run that ``recipe`` describes is on stdout."""
     from ftcli.jobs.plan import plan_recipe, plan_to_json
@@ -113,6 +114,7 @@ def show_recipe_plan(
         budget_bytes=budget_bytes,
         should_fit=should_fit,
         device=None if budget_bytes is None else "cuda",
+        n_processes=n_processes,
         on_event=on_event,
     )
     if as_json:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ftcli.jobs.summary import RunSummary
+    from ftcli.train.summary import RunSummary
 
 _SAMPLES_SHOWN = 3
 

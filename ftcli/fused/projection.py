@@ -33,13 +33,20 @@ class Projection:
 
     def load_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight (out, in) in ``dtype``, dequantised if it is packed."""
-        weight = self.base.weight
-        state = getattr(weight, "quant_state", None)
+        weight, state = self.base.weight, find_packing(self.base)
         if state is None:
             return weight.to(dtype)  # type: ignore[no-any-return]
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, state).to(dtype)  # type: ignore[no-any-return]
+
+
+def find_packing(layer: Any) -> Any:
+    """How bitsandbytes packed the weight of ``layer``; None if it did not.
+
+    The weight knows it, or where processes divide it, the layer alone.
+    """
+    return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
 
 
 def read_projection(module: nn.Module) -> Projection | None:
@@ -245,5 +252,5 @@ def _is_frozen_linear(module: nn.Module) -> bool:
     if any(p.requires_grad for p in module.parameters()):
         return False
     if type(module).__name__ == "Linear4bit":
-        return getattr(module.weight, "quant_state", None) is not None
+        return find_packing(module) is not None
     return type(module) is nn.Linear

@@ -35,12 +35,12 @@ from ftcli.gguf.lora import LoraDraft, check_expressible, draft_lora, find_lora_
 from ftcli.gguf.output import LORA, Output, find_output
 from ftcli.gguf.verify import Verification, record_source
 from ftcli.gguf.write import write_gguf
-from ftcli.merge.card import build_front
 from ftcli.merge.run import Merging
 from ftcli.merge.source import Source, build_source
 from ftcli.merge.stream import open_merge
 from ftcli.merge.verify import MOST_TOKENS, measure_options
 from ftcli.model.stored import is_tied
+from ftcli.store.card import build_front
 from ftcli.store.file import check_free, disk_errors, read_json, write_text
 from ftcli.train.memory import explain_lack, release_models
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from ftcli.gguf.modelfile import name_model
 from ftcli.gguf.output import LORA
-from ftcli.merge.card import build_front
 from ftcli.recipe import Recipe
+from ftcli.store.card import build_front
 from ftcli.store.file import disk_errors, read_json, write_text
 from ftcli.store.output import MANIFEST
 

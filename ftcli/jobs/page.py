@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from html import escape
 
 from ftcli.jobs.preview import MARKS, DocumentView, RowView, TokenView, spell_tokens
 from ftcli.jobs.report import PartReport, TokenizeReport
 from ftcli.jobs.words import WordReport
+from ftcli.store.page import frame_page, write_text
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --soft: #59636e; --line: #d1d9e0;
-  --trained: #d7f5dd; --trained-ink: #0a5224; --cut-ink: #b3261e; --special: #7a2da8; --panel: #f6f8fa; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --paper: #0d1117; --soft: #9ea7b3; --line: #30363d;
-  --trained: #14361f; --trained-ink: #9be9ae; --cut-ink: #ff8e85; --special: #d6a8ff; --panel: #161b22; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1200px; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.3rem; margin: 0 0 .2rem; } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
-p { margin: .2rem 0; } .soft { color: var(--soft); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .7rem .2rem 0; text-align: right; white-space: nowrap; }
-th { color: var(--soft); font-weight: 500; border-bottom: 1px solid var(--line); }
-td:first-child, th:first-child, td.text, th.text { text-align: left; }
 .bar { display: inline-block; height: .8em; background: var(--trained-ink); opacity: .7; vertical-align: -.05em; }
 .finding { border-left: 4px solid var(--line); padding: .1rem 0 .1rem .8rem; margin: .7rem 0; overflow-wrap: anywhere; }
 .finding.error { border-color: var(--cut-ink); } .finding.warning { border-color: #c98a00; }
-details { border: 1px solid var(--line); border-radius: 6px; margin: .6rem 0; background: var(--panel); }
-summary { cursor: pointer; padding: .45rem .8rem; overflow-wrap: anywhere; }
 .line { display: grid; grid-template-columns: 1.6rem minmax(0, 3fr) minmax(0, 2fr); gap: .6rem;
   border-top: 1px solid var(--line); padding: .15rem .8rem; font: 13px/1.7 ui-monospace, monospace; }
 .line .mark { color: var(--soft); user-select: none; }
@@ -47,15 +31,11 @@ summary { cursor: pointer; padding: .45rem .8rem; overflow-wrap: anywhere; }
 def build_page(report: TokenizeReport, rows: Sequence[RowView], words: WordReport | None) -> str:
     """The whole page."""
     title = f"{report.target} · {report.model}"
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{_write(title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{_write(report.target)}</h1>",
-        f'<p class="soft">tokens of {_write(report.model)} ({report.vocabulary:,} entries), template: '
-        f"{_write(report.template.name)}; a turn ends with "
-        f"<code>{_write(', '.join(report.template.end_of_turn) or 'nothing')}</code></p>",
+    lines = [
+        f"<h1>{write_text(report.target)}</h1>",
+        f'<p class="soft">tokens of {write_text(report.model)} ({report.vocabulary:,} entries), template: '
+        f"{write_text(report.template.name)}; a turn ends with "
+        f"<code>{write_text(', '.join(report.template.end_of_turn) or 'nothing')}</code></p>",
         *_write_findings(report),
         *(line for part in report.parts for line in _write_part(part)),
         *_write_costs(report),
@@ -64,9 +44,8 @@ def build_page(report: TokenizeReport, rows: Sequence[RowView], words: WordRepor
         "<h2>Rows</h2>",
         *_write_legend(),
         *(line for number, row in enumerate(rows) for line in _write_row(row, is_open=number < 3)),
-        "</body></html>",
     ]
-    return "\n".join(parts) + "\n"
+    return frame_page(title, lines, style=_STYLE)
 
 
 def _write_findings(report: TokenizeReport) -> Iterator[str]:
@@ -75,17 +54,17 @@ def _write_findings(report: TokenizeReport) -> Iterator[str]:
         yield "<p>nothing found</p>"
     for finding in report.findings:
         places = ", ".join(finding.places) + (", …" if finding.n_rows > len(finding.places) else "")
-        yield f'<div class="finding {finding.severity}"><p><b>{finding.severity}</b> {_write(finding.what)}</p>'
+        yield f'<div class="finding {finding.severity}"><p><b>{finding.severity}</b> {write_text(finding.what)}</p>'
         for text in (f"at {places}" if places else "", finding.why, f"→ {finding.hint}" if finding.hint else ""):
-            yield f'<p class="soft">{_write(text)}</p>' if text else ""
+            yield f'<p class="soft">{write_text(text)}</p>' if text else ""
         yield "</div>"
     if report.skipped:
-        yield f"<p>{len(report.skipped):,} bad rows are left out, the first: {_write(str(report.skipped[0]))}</p>"
+        yield f"<p>{len(report.skipped):,} bad rows are left out, the first: {write_text(str(report.skipped[0]))}</p>"
 
 
 def _write_part(part: PartReport) -> Iterator[str]:
     share = part.n_target_tokens / max(1, part.n_tokens)
-    yield f"<h2>{_write(part.name)}</h2>"
+    yield f"<h2>{write_text(part.name)}</h2>"
     yield (
         f"<p>{part.n_rows:,} rows, {part.n_turns:,} turns, {part.n_documents:,} documents; {part.n_tokens:,} tokens, "
         f"{part.n_target_tokens:,} trained ({share:.1%}), of which {part.n_stop_tokens:,} end a turn"
@@ -93,7 +72,7 @@ def _write_part(part: PartReport) -> Iterator[str]:
         + "</p>"
     )
     files = ", ".join(f"{file['name']} ({file['n_rows']:,} {file['format']})" for file in part.files)
-    yield f'<p class="soft">{_write(files)}</p>'
+    yield f'<p class="soft">{write_text(files)}</p>'
     most = max(entry.n_documents for entry in part.histogram)
     yield '<div class="scroll"><table><tr><th>tokens</th><th>documents</th><th class="text"></th></tr>'
     for entry in part.histogram:
@@ -129,10 +108,10 @@ def _write_templates(report: TokenizeReport) -> Iterator[str]:
         return
     yield "<h2>The model's own template, and this one</h2>"
     yield '<div class="line"><span></span>'
-    yield f"<b>the model's own</b><b>{_write(report.template.name)}</b></div>"
+    yield f"<b>the model's own</b><b>{write_text(report.template.name)}</b></div>"
     yield '<div class="line"><span></span>'
-    yield f'<span class="spelled">{_write(report.template.own_text)}</span>'
-    yield f'<span class="spelled">{_write(report.template.text)}</span></div>'
+    yield f'<span class="spelled">{write_text(report.template.own_text)}</span>'
+    yield f'<span class="spelled">{write_text(report.template.text)}</span></div>'
 
 
 def _write_words(words: WordReport) -> Iterator[str]:
@@ -144,8 +123,8 @@ def _write_words(words: WordReport) -> Iterator[str]:
     )
     for word in words.words:
         yield (
-            f"<tr><td>{_write(word.word)}</td><td>{word.count:,}</td><td>{word.tokens_saved:,}</td>"
-            f'<td class="text"><code>{_write("|".join(word.pieces))}</code></td></tr>'
+            f"<tr><td>{write_text(word.word)}</td><td>{word.count:,}</td><td>{word.tokens_saved:,}</td>"
+            f'<td class="text"><code>{write_text("|".join(word.pieces))}</code></td></tr>'
         )
     yield "</table></div>"
 
@@ -160,8 +139,8 @@ def _write_legend() -> Iterator[str]:
 
 def _write_row(row: RowView, *, is_open: bool) -> Iterator[str]:
     why = f" · {row.why}" if row.why else ""
-    yield f"<details{' open' if is_open else ''}><summary><b>{_write(row.place)}</b> "
-    yield f'<span class="soft">{row.n_tokens:,} tokens, {row.n_trained:,} trained{_write(why)}</span></summary>'
+    yield f"<details{' open' if is_open else ''}><summary><b>{write_text(row.place)}</b> "
+    yield f'<span class="soft">{row.n_tokens:,} tokens, {row.n_trained:,} trained{write_text(why)}</span></summary>'
     for number, document in enumerate(row.documents, 1):
         if len(row.documents) > 1:
             yield f'<div class="line"><span></span><b>document {number} of {len(row.documents)}</b></div>'
@@ -174,14 +153,9 @@ def _write_document(document: DocumentView) -> Iterator[str]:
         state = line[0].state
         tokens = "<wbr>".join(_write_token(token) for token in line)
         yield f'<div class="line {state}"><span class="mark">{MARKS[state]}</span><span class="tokens">{tokens}</span>'
-        yield f'<span class="spelled">{_write(spell_tokens(line).rstrip(chr(10)))}</span></div>'
+        yield f'<span class="spelled">{write_text(spell_tokens(line).rstrip(chr(10)))}</span></div>'
 
 
 def _write_token(token: TokenView) -> str:
     kind = "t s" if token.piece.is_special else "t"
-    return f'<span class="{kind}" title="{token.piece.id}">{_write(token.piece.shown)}</span>'
-
-
-def _write(text: str) -> str:
-    """``text`` as HTML, without characters that would turn the reading direction of what follows."""
-    return escape("".join(char if char.isprintable() or char in "\n\t" else "�" for char in text))
+    return f'<span class="{kind}" title="{token.piece.id}">{write_text(token.piece.shown)}</span>'

@@ -82,6 +82,7 @@ def plan_recipe(
     budget_bytes: int | None = None,
     should_fit: bool = False,
     device: Device | None = None,
+    n_processes: int = 1,
     on_event: OnEvent = ignore_event,
 ) -> TrainingPlan:
     """The forecast of the run that a recipe describes; steps and tokens where its data and tokenizer are here.
@@ -100,8 +101,10 @@ def plan_recipe(
     notices = _list_notices(recipe)
     found, dtype = (device, "bfloat16") if device else _find_device(recipe)
     is_fused = is_fast(recipe, anatomy.dimensions.family)
-    training = build_recipe_training(recipe, anatomy, device=found, is_fused=is_fused, dtype=dtype)
-    data = _count_data(path, overrides, notices, on_event)
+    training = build_recipe_training(
+        recipe, anatomy, device=found, is_fused=is_fused, dtype=dtype, n_processes=n_processes
+    )
+    data = _count_data(path, overrides, n_processes, notices, on_event)
     plan = _plan(
         recipe.model.name_or_path,
         shape,
@@ -130,7 +133,9 @@ def _find_device(recipe: Recipe) -> tuple[Device, str]:
     return ("cuda" if device.type == "cuda" else "cpu"), dtype
 
 
-def _count_data(path: Path, overrides: tuple[str, ...], notices: list[str], on_event: OnEvent) -> DataFacts | None:
+def _count_data(
+    path: Path, overrides: tuple[str, ...], n_processes: int, notices: list[str], on_event: OnEvent
+) -> DataFacts | None:
     """Steps and tokens, where rows and tokenizer can be read here; else a notice says why not."""
     from ftcli.data.loader import build_set
     from ftcli.jobs.rows import open_target
@@ -139,7 +144,7 @@ def _count_data(path: Path, overrides: tuple[str, ...], notices: list[str], on_e
     try:
         opened = open_target(str(path), overrides=overrides, on_event=on_event)
         documents = build_set(opened.parts[0], opened.data).documents
-        run = plan_run(opened.recipe, documents)
+        run = plan_run(opened.recipe, documents, n_processes)
     except FtcliError as error:
         where = f"{error.where}: " if error.where else ""
         notices.append(f"steps and tokens are not known: {where}{error.what}")

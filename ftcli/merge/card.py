@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from ftcli.merge.verify import Verification
+from ftcli.store.card import build_front, list_use
 
 
 def build_card(
@@ -28,32 +27,10 @@ def build_card(
         lines += [f"Trained on: {', '.join(f'`{path}`' for path in datasets)}.", ""]
     lines += _describe_delta(manifest["delta"])
     lines += ["## Verification", "", *_describe_verification(verification), ""]
-    lines += ["## Use", "", "```python", *_USE, "```", ""]
+    lines += ["## Use", "", "```python", *list_use("."), "```", ""]
     return "\n".join(lines)
 
 
-def build_front(
-    base: str, *, library: str = "transformers", tags: Sequence[str] = ("ftcli", "lora", "merged")
-) -> list[str]:
-    """The lines of the front matter of a model that was made from ``base``."""
-    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
-    if base and "://" not in base and not base.startswith(("/", ".", "~")):
-        front["base_model"] = base
-    front["tags"] = list(tags)
-    return ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", ""]
-
-
-_USE = (
-    "from transformers import AutoModelForCausalLM, AutoTokenizer",
-    "",
-    'path = "."  # this folder',
-    'model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype="auto"), AutoTokenizer.from_pretrained(path)',
-    'messages = [{"role": "user", "content": "…"}]',
-    'options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}',
-    "inputs = tokenizer.apply_chat_template(messages, **options)",
-    "answer = model.generate(**inputs, max_new_tokens=256)[0, inputs.input_ids.shape[1] :]",
-    "print(tokenizer.decode(answer, skip_special_tokens=True))",
-)
 _FAILED = "**Failed**: this is not the model that was trained."
 _MEANING = (
     "KL is how far the next-token distribution of this model is from that of the adapter on its base, and the bound is",

@@ -23,7 +23,6 @@ from ftcli.errors import ContentError, NumericError
 from ftcli.evaluate.target import Target
 from ftcli.events import OnEvent
 from ftcli.merge.arithmetic import make_blocks
-from ftcli.merge.card import build_front
 from ftcli.merge.plan import MergePlan, Weights
 from ftcli.merge.run import Merging
 from ftcli.merge.source import Source
@@ -31,6 +30,7 @@ from ftcli.model.base import build_skeleton
 from ftcli.model.quantization import read_packing
 from ftcli.model.stored import is_finite, open_stored
 from ftcli.recipe import ModelSection
+from ftcli.store.card import build_front
 from ftcli.store.file import disk_errors, write_text
 from ftcli.store.target import ModelFiles
 

@@ -45,6 +45,9 @@ class Shape:
         return self.n_kv_heads * self.head_dim
 
 
+Strategy = Literal["single", "ddp", "fsdp2"]
+
+
 @dataclass(frozen=True)
 class Training:
     """How a model is trained: a micro-batch is ``tokens`` flat tokens of ``n_documents`` documents side by side.
@@ -67,7 +70,7 @@ class Training:
     lora_dropout: float
     device: Literal["cpu", "cuda"]
     world_size: int = 1
-    strategy: Literal["single", "ddp", "fsdp2"] = "single"
+    strategy: Strategy = "single"
     n_documents: int = 1
     n_rows: int = 1
     unread_bytes: int = 0

@@ -93,8 +93,11 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     quantization: QuantizationSection | None = None,
+    is_sharded: bool = False,
 ) -> Any:
     """The base model with its weights, on ``device``, in ``dtype`` (or NF4 with all else in ``dtype``).
+
+    ``is_sharded``: it will be divided over processes.
 
     What a folder holds in GPTQ or AWQ is dequantised; what bitsandbytes packed stays so.
 
@@ -109,13 +112,14 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code}
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation
+    config = build_quantization(quantization, dtype, is_sharded=is_sharded) if quantization else None
     try:
         if files.gguf_file:
-            loaded, info = _load_gguf(files, options, device, quantization)
+            loaded, info = _load_gguf(files, options, device, config)
         elif packing and packing.is_unpacked_here:
             loaded, info = _load_packed(files, options, device, packing)
         else:
-            loaded, info = _load_folder(files, options, device, quantization, packing)
+            loaded, info = _load_folder(files, options, device, config, packing)
     except FtcliError:
         raise
     except Exception as error:  # whatever files of nonsense make of transformers' and bitsandbytes' code
@@ -160,13 +164,13 @@ def _load_folder(
     files: ModelFiles,
     options: dict[str, Any],
     device: torch.device,
-    quantization: QuantizationSection | None,
+    quantization: Any,
     packing: Packing | None,
 ) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
     if quantization:
-        options["quantization_config"] = build_quantization(quantization, options["dtype"])
+        options["quantization_config"] = quantization
     if quantization or packing:
         options["device_map"] = {"": device}
     loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -176,7 +180,7 @@ def _load_folder(
 
 
 def _load_gguf(
-    files: ModelFiles, options: dict[str, Any], device: torch.device, quantization: QuantizationSection | None
+    files: ModelFiles, options: dict[str, Any], device: torch.device, quantization: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Dequantised by transformers, then as an ordinary state dict into a fresh model of the same config.
 
@@ -198,10 +202,7 @@ def _load_gguf(
     config = clean_config(dense.config)
     weights = dense.state_dict()
     if quantization:
-        options |= {
-            "quantization_config": build_quantization(quantization, options["dtype"]),
-            "device_map": {"": device},
-        }
+        options |= {"quantization_config": quantization, "device_map": {"": device}}
     options.pop("trust_remote_code")
     loaded, second = type(dense).from_pretrained(
         None, config=config, state_dict=weights, output_loading_info=True, **options

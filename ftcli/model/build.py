@@ -55,6 +55,7 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     new_tokens: Mapping[int, list[int]] | None = None,
+    is_sharded: bool = False,
 ) -> Built:
     """The model that ``recipe`` trains, in training mode.
 
@@ -66,6 +67,7 @@ def build_model(
         dtype: of the frozen base, and of the computation.
         device: where the model lies.
         new_tokens: ids beyond the model's own, each with the ids that it starts from.
+        is_sharded: it will be divided over processes.
 
     Raises:
         UsageError, ContentError: as ``plan_targets`` and ``load_model``; an adapter that does not fit.
@@ -78,6 +80,7 @@ def build_model(
         dtype=weights_dtype,
         device=device,
         quantization=recipe.quantization if recipe.is_4bit else None,
+        is_sharded=is_sharded,
     )
     if new_tokens:
         add_embeddings(model, new_tokens)
@@ -299,10 +302,19 @@ def count_parameters(model: nn.Module) -> TrainableCount:
 
 
 def save_adapter(
-    model: Any, folder: Path, *, initial_lora: dict[str, torch.Tensor], base: str, revision: str | None
+    model: Any,
+    folder: Path,
+    *,
+    initial_lora: dict[str, torch.Tensor],
+    base: str,
+    revision: str | None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Nothing; ``folder`` holds the adapter as plain PEFT loads it onto the untouched base ``base``."""
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    """Nothing; ``folder`` holds the adapter as plain PEFT loads it onto the untouched base ``base``.
+
+    ``weights`` are what is trained of ``model``, by name, where it has only a part of each itself.
+    """
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=weights)
     config_path, weights_path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not config_path.exists() or not weights_path.exists():
         raise RuntimeError(f"PEFT saved no adapter into {folder}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from ftcli.errors import ContentError, UsageError
-from ftcli.model.activation import Shape, Training, has_matrix_unit
+from ftcli.model.activation import Shape, Strategy, Training, has_matrix_unit
 from ftcli.model.anatomy import Anatomy, describe_model
 from ftcli.model.dimensions import Dimensions, read_dimensions, read_gguf_dimensions
 from ftcli.model.layout import locate_tensor
@@ -99,8 +101,23 @@ def measure_shape(anatomy: Anatomy) -> Shape:
     )
 
 
+def choose_strategy(recipe: Recipe, n_processes: int) -> Strategy:
+    """How so many processes share the run that ``recipe`` describes."""
+    if n_processes == 1:
+        return "single"
+    wanted = recipe.distributed.strategy
+    is_asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # by a config of accelerate
+    return "fsdp2" if wanted == "fsdp2" or (wanted != "ddp" and is_asked) else "ddp"
+
+
 def build_recipe_training(
-    recipe: Recipe, anatomy: Anatomy, *, device: Device, is_fused: bool, dtype: str = "bfloat16"
+    recipe: Recipe,
+    anatomy: Anatomy,
+    *,
+    device: Device,
+    is_fused: bool,
+    dtype: str = "bfloat16",
+    n_processes: int = 1,
 ) -> Training:
     """How ``recipe`` trains the model, at the worst: every micro-batch as long as ``data.max_length`` allows.
 
@@ -112,7 +129,7 @@ def build_recipe_training(
     """
     method: Method = "full" if recipe.peft is None else "qlora" if recipe.is_4bit else "lora"
     peft = PeftSection() if recipe.peft and recipe.peft.adapter else recipe.peft
-    return build_training(
+    training = build_training(
         method,
         count_lora(anatomy, peft) if peft else None,
         is_fused=is_fused,
@@ -124,6 +141,7 @@ def build_recipe_training(
         dtype=dtype if recipe.model.dtype == "auto" else recipe.model.dtype,
         device=device,
     )
+    return replace(training, world_size=n_processes, strategy=choose_strategy(recipe, n_processes))
 
 
 def build_training(

@@ -135,8 +135,12 @@ def refuse_twice(packing: Packing, where: str) -> ContentError:
     )
 
 
-def build_quantization(quantization: QuantizationSection, dtype: torch.dtype) -> Any:
-    """transformers' ``BitsAndBytesConfig`` for the recipe's section; computation is in ``dtype``."""
+def build_quantization(quantization: QuantizationSection, dtype: torch.dtype, *, is_sharded: bool = False) -> Any:
+    """transformers' ``BitsAndBytesConfig`` for the recipe's section; computation is in ``dtype``.
+
+    Weights that are divided over processes are stored in ``dtype`` too, which changes no bit of them: a unit of FSDP
+    has one dtype.
+    """
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -144,6 +148,7 @@ def build_quantization(quantization: QuantizationSection, dtype: torch.dtype) ->
         bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if is_sharded else None,
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftcli.merge.card import build_front
 from ftcli.quantize.method import Method
 from ftcli.quantize.verify import Verification
+from ftcli.store.card import build_front
 
 _LOAD = (
     "from transformers import AutoModelForCausalLM, AutoTokenizer",

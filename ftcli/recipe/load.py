@@ -15,7 +15,7 @@ from ftcli.recipe.document import Entry, Finding, KeyPath, Place, build_entry, r
 from ftcli.recipe.override import apply_override, drop_excluded
 from ftcli.recipe.problem import check_values
 from ftcli.recipe.schema import Recipe
-from ftcli.recipe.section import BUNDLED_TEMPLATES
+from ftcli.recipe.section import BUNDLED_TEMPLATES, STRATEGIES
 from ftcli.recipe.text import list_changed
 
 # what names a data set on the Hub and is neither a file name nor a glob
@@ -104,6 +104,9 @@ def _list_paths(values: Mapping[str, Any]) -> Iterator[KeyPath]:
     tokenizer = values.get("tokenizer")
     if isinstance(tokenizer, dict) and tokenizer.get("chat_template") not in ("auto", *BUNDLED_TEMPLATES):
         yield ("tokenizer", "chat_template")
+    distributed = values.get("distributed")
+    if isinstance(distributed, dict) and distributed.get("strategy") not in (None, *STRATEGIES):
+        yield ("distributed", "strategy")
 
 
 def _make_absolute(values: Any, path: KeyPath, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What a recipe may say: all of its sections, and the checks between their keys.
 
-    Recipe ── model · tokenizer · quantization · peft · datasets[] · data · train · eval · checkpoint · output_dir
+    Recipe ── model · tokenizer · quantization · peft · datasets[] · data · train · eval · checkpoint
+              logging · distributed · output_dir
 
 Where a value came from, and in what words an error is told, is no matter of this module (`load`, `problem`).
 """
@@ -15,8 +16,10 @@ from ftcli.recipe.section import (
     CheckpointSection,
     DataSection,
     DatasetSection,
+    DistributedSection,
     EvalSection,
     Expected,
+    LoggingSection,
     ModelSection,
     PeftSection,
     QuantizationSection,
@@ -59,6 +62,10 @@ class Recipe(Section):
     train: TrainSection = Field(default=TrainSection(), description="The optimizer and its steps.")
     eval: EvalSection | None = Field(default=None, description="Evaluation on held-out rows; null: none.")
     checkpoint: CheckpointSection = Field(default=CheckpointSection(), description="What a run can be resumed from.")
+    logging: LoggingSection = Field(default=LoggingSection(), description="Trackers that are told of the run.")
+    distributed: DistributedSection = Field(
+        default=DistributedSection(), description="How several processes share a run."
+    )
     output_dir: Text = Field(
         default="runs/recipe",
         description="Folder of the run (relative to the current folder); left out: runs/ and the recipe's name.",

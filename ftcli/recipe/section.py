@@ -52,6 +52,8 @@ def _check_layers(text: str) -> str:
     return text
 
 
+STRATEGIES = ("auto", "ddp", "fsdp2")
+
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -324,6 +326,39 @@ class EvalSection(Section):
         if self.early_stopping_patience is not None and self.eval_steps is None:
             raise build_error("needs eval_steps: without it nothing is measured on the way", "early_stopping_patience")
         return self
+
+
+class LoggingSection(Section):
+    """Trackers that are told of a run, besides its own files."""
+
+    report_to: Annotated[
+        tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...],
+        Field(strict=False),
+        AfterValidator(_check_distinct),
+        Expected("a list of tensorboard, wandb, mlflow or trackio"),
+    ] = Field(default=(), description="Trackers; each needs its package.")
+    project: Text = Field(default="ftcli", description="The trackers' name for what belongs together.")
+    run_name: Text | None = Field(default=None, description="Their name for this run; null: that of its folder.")
+
+
+class DistributedSection(Section):
+    """How several processes share a run."""
+
+    strategy: Annotated[
+        str,
+        Field(pattern=rf"^({'|'.join(STRATEGIES)})$|\.(yaml|yml|json)$"),
+        Expected(f"{', '.join(STRATEGIES)}, or a path to a config of accelerate (.yaml)"),
+    ] = Field(
+        default="auto",
+        description="ddp: every process has the whole model; fsdp2: each has a part of every weight; auto: ddp, or "
+        "what accelerate's launcher asks for; or a config of accelerate (relative to the recipe's folder), which "
+        "says how many processes there are, and where.",
+    )
+
+    @property
+    def config(self) -> str | None:
+        """The path of accelerate's config, if the strategy is one."""
+        return None if self.strategy in STRATEGIES else self.strategy
 
 
 class CheckpointSection(Section):

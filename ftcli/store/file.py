@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ftcli.errors import ContentError, DiskError
+from ftcli.errors import ContentError, DiskError, UsageError
 
 _HASH_BLOCK_BYTES = 1 << 20
 _MOST_JSON_BYTES = 1 << 28
@@ -32,6 +32,27 @@ def write_text(path: Path, text: str) -> None:
     data = text.encode("utf-8")
     with replaced_file(path, len(data)) as stream:
         stream.write(data)
+
+
+def check_new(path: Path, *, overwrite: bool) -> None:
+    """None if a file may be written there.
+
+    Raises:
+        UsageError: there is one already, and it may not be replaced.
+    """
+    if path.exists() and not overwrite:
+        raise UsageError("is there already", where=str(path), hint="name another with -o, or replace it: --overwrite")
+
+
+def write_new(path: Path, text: str, *, overwrite: bool) -> None:
+    """As ``write_text``, for a file that is not there yet, unless it may be replaced.
+
+    Raises:
+        UsageError: it is there.
+        DiskError: it cannot be written.
+    """
+    check_new(path, overwrite=overwrite)
+    write_text(path, text)
 
 
 @contextmanager

@@ -65,6 +65,14 @@ class RunFolder:
         return self.samples / "prompts.jsonl"
 
     @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def card(self) -> Path:
+        return self.path / "README.md"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -10,6 +10,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ftcli.data.chat import ChatRenderer
 from ftcli.data.tokenizer import save_tokenizer
 from ftcli.evaluate.target import ORIGIN
@@ -20,8 +22,13 @@ from ftcli.store.run import MANIFEST_SCHEMA, RunFolder
 from ftcli.train.prepare import Prepared
 
 
-def save_artifact(run: RunFolder, prepared: Prepared, built: Built) -> Path:
-    """``adapter/`` (LoRA) or ``model/`` (full fine-tuning), with tokenizer and template as they were trained."""
+def save_artifact(
+    run: RunFolder, prepared: Prepared, built: Built, weights: dict[str, torch.Tensor] | None = None
+) -> Path:
+    """``adapter/`` (LoRA) or ``model/`` (full fine-tuning), with tokenizer and template as they were trained.
+
+    ``weights`` are the model's, by name, where it has only a part of each itself.
+    """
     model, is_full = built.model, prepared.recipe.peft is None
     base = model if is_full else model.get_base_model()
     generation_config, tokenizer = _copy_valid(base.generation_config), prepared.renderer.tokenizer
@@ -34,10 +41,10 @@ def save_artifact(run: RunFolder, prepared: Prepared, built: Built) -> Path:
         if is_full:
             model.generation_config = generation_config
             model.config.use_cache = True
-            model.save_pretrained(str(folder))
+            model.save_pretrained(str(folder), state_dict=weights)
         else:
             name, revision = prepared.recipe.model.name_or_path, prepared.files.revision
-            save_adapter(model, folder, initial_lora=built.initial_lora, base=name, revision=revision)
+            save_adapter(model, folder, initial_lora=built.initial_lora, base=name, revision=revision, weights=weights)
             generation_config.save_pretrained(str(folder))
             write_json(folder / ORIGIN, _describe_origin(prepared))
         save_tokenizer(tokenizer, folder)

@@ -53,6 +53,8 @@ _EFFECTS: dict[str, tuple[Kind, str]] = {
     "eval.datasets": ("foreign", "measurements before and after could not be compared"),
     "checkpoint": ("same", "the steps stay the same"),
     "checkpoint.load_best_model_at_end": ("course", "the artifact may be of another step"),
+    "logging": ("same", "the steps stay the same"),
+    "distributed": ("rounding", _ROUNDING),
     "output_dir": ("same", "the steps stay the same"),
 }
 
@@ -76,9 +78,12 @@ class Change:
         return f"{self.key} was {old}, now {new}: {self.effect}"
 
 
-def list_changes(before: Recipe, now: Recipe, *, next_step: int) -> list[Change]:
-    """What differs, in the schema's order, for a run whose next step is ``next_step``."""
-    keeps_rows = _count_rows(before) == _count_rows(now)
+def list_changes(before: Recipe, now: Recipe, *, next_step: int, processes: tuple[int, int] = (1, 1)) -> list[Change]:
+    """What differs, in the schema's order, for a run whose next step is ``next_step``.
+
+    ``processes``: how many there were, and are now.
+    """
+    keeps_rows = _count_rows(before, processes[0]) == _count_rows(now, processes[1])
     changes = []
     for key, old, new in compare_recipes(before, now):
         kind, effect = find_effect(key)
@@ -89,7 +94,20 @@ def list_changes(before: Recipe, now: Recipe, *, next_step: int) -> list[Change]
         if key in _BATCH and keeps_rows:
             kind, effect = "rounding", f"steps have the same rows, in portions of another size: {_ROUNDING}"
         changes.append(Change(key, old, new, kind, effect.format(step=next_step)))
+    if processes[0] != processes[1]:
+        kind, effect = "foreign", _explain_rows(now, *processes)
+        if keeps_rows:
+            kind, effect = "rounding", f"steps have the same rows, shared otherwise: {_ROUNDING}"
+        changes.append(Change("processes", *processes, kind, effect))
     return changes
+
+
+def _explain_rows(recipe: Recipe, before: int, now: int) -> str:
+    """What another number of processes does to the steps, and the setting that keeps them."""
+    times = recipe.train.gradient_accumulation_steps * before
+    if times % now:
+        return f"{_ROWS}; {times} micro-batches a step cannot be shared evenly by {now}"
+    return f"{_ROWS}; --set train.gradient_accumulation_steps={times // now} keeps them"
 
 
 def _has(recipe: Recipe, key: str) -> bool:
@@ -103,18 +121,18 @@ def find_effect(key: str) -> tuple[Kind, str]:
     return next(_EFFECTS[name] for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in _EFFECTS)
 
 
-def list_identity(recipe: Recipe) -> dict[str, Any]:
+def list_identity(recipe: Recipe, n_processes: int = 1) -> dict[str, Any]:
     """The values without which a checkpoint of one run could not be one of another.
 
     Held-out rows are not among them: they are part of the data's hash.
     """
     flat = dict(_flatten(recipe.model_dump(mode="json", by_alias=True, exclude={"eval"})))
     kept = {key: value for key, value in flat.items() if find_effect(key)[0] == "foreign" and key not in _BATCH}
-    return {**kept, "rows per step": _count_rows(recipe)}
+    return {**kept, "rows per step": _count_rows(recipe, n_processes)}
 
 
-def _count_rows(recipe: Recipe) -> int:
-    return recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
+def _count_rows(recipe: Recipe, n_processes: int) -> int:
+    return recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps * n_processes
 
 
 def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

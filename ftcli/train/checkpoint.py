@@ -25,6 +25,7 @@ from ftcli.errors import ContentError, NumericError, UsageError
 from ftcli.store.file import describe_files, hash_file, remove_folder, staged_folder, write_json
 from ftcli.store.run import RunFolder, hash_lines
 from ftcli.train.optim import list_trained
+from ftcli.train.shard import gather_tensor, spread_tensor
 
 _NAME = re.compile(r"step-(\d{6,})")
 _SCHEMA = 1
@@ -41,15 +42,26 @@ class Checkpoint:
     step: int
 
 
-def save_checkpoint(
-    run: RunFolder,
-    step: int,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    scaler: Any = None,
-    origin: str = "",
-) -> Path:
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint holds, on the CPU: trained weights and their moments by name, the scaler's state if any."""
+
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    loss_scale: dict[str, Any] | None = None
+
+
+def gather_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: Any = None) -> State:
+    """The state after the last step, whole tensors; where they are sharded, every process must call it."""
+    weights, moments = {}, {}
+    for name, parameter in list_trained(model):
+        weights[name] = gather_tensor(parameter)
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            moments[f"{name}{_SEPARATOR}{moment}"] = gather_tensor(torch.as_tensor(value))
+    return State(weights, moments, scaler.state_dict() if scaler else None)
+
+
+def save_checkpoint(run: RunFolder, step: int, state: State, *, origin: str = "") -> Path:
     """The folder of the checkpoint after optimizer step ``step``, on the disk whole.
 
     ``origin`` says which run it belongs to; only that one will load it. It also holds a hash of what the run has
@@ -60,17 +72,14 @@ def save_checkpoint(
         DiskError: it could not be written; earlier checkpoints are intact.
     """
     final = name_path(run, step)
-    weights = {name: p.detach().cpu().contiguous() for name, p in list_trained(model)}
-    check_finite_weights(weights, step)
-    moments = _gather_moments(model, optimizer)
-    size = sum(value.nbytes for values in (weights, moments) for value in values.values()) + _SMALL_FILES_BYTES
-    with staged_folder(final, size) as folder:
-        save_file(weights, folder / "weights.safetensors")
-        save_file(moments, folder / "optimizer.safetensors")
-        loss_scale = scaler.state_dict() if scaler else None
-        state = {"schema": _SCHEMA, "step": step, "origin": origin, "loss_scale": loss_scale}
-        state["records"] = hash_records(run, step)
-        write_json(folder / "state.json", state)
+    check_finite_weights(state.weights, step)
+    size = sum(value.nbytes for values in (state.weights, state.moments) for value in values.values())
+    with staged_folder(final, size + _SMALL_FILES_BYTES) as folder:
+        save_file(state.weights, folder / "weights.safetensors")
+        save_file(state.moments, folder / "optimizer.safetensors")
+        entry = {"schema": _SCHEMA, "step": step, "origin": origin, "loss_scale": state.loss_scale}
+        entry["records"] = hash_records(run, step)
+        write_json(folder / "state.json", entry)
         write_json(folder / "manifest.json", {"schema": _SCHEMA, "files": describe_files(folder)})
     return final
 
@@ -203,7 +212,7 @@ def load_checkpoint(
     for name, parameter in trained.items():
         if name in by_name:  # torch keeps the step count on the CPU, unless AdamW is fused
             optimizer.state[parameter] = {
-                moment: value.to(parameter.device) if moment != "step" or is_fused else value
+                moment: spread_tensor(value, parameter) if moment != "step" or is_fused else value
                 for moment, value in by_name[name].items()
             }
     if scaler and state["loss_scale"]:
@@ -227,15 +236,7 @@ def load_weights(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
         )
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(weights[name])
-
-
-def _gather_moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}{_SEPARATOR}{moment}": torch.as_tensor(value).detach().cpu().contiguous()
-        for name, parameter in list_trained(model)
-        for moment, value in optimizer.state.get(parameter, {}).items()
-    }
+            parameter.copy_(spread_tensor(weights[name], parameter))
 
 
 def list_checkpoints(run: RunFolder) -> list[Path]:

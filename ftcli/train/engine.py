@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ftcli.errors import UsageError
 from ftcli.events import Notice, OnEvent, Stage
 from ftcli.fused.check import check_documents_apart, fuse_checked
 from ftcli.fused.checkpoint import keep_attention
 from ftcli.fused.layer import is_fused, unwrap
 from ftcli.model.base import choose_dtype
 from ftcli.model.build import Built, build_model, count_parameters, enable_checkpointing
+from ftcli.model.demand import choose_strategy
 from ftcli.recipe import Recipe
+from ftcli.store.run import RunFolder
 from ftcli.train.memory import FUSED_GROWTH, PLAIN_GROWTH, release_between_blocks
 from ftcli.train.optim import build_optimizer
 from ftcli.train.prepare import Prepared
+from ftcli.train.shard import shard_model
+from ftcli.train.tracking import find_folder
+from ftcli.train.world import World
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ def import_libraries(recipe: Recipe) -> None:
         import bitsandbytes  # noqa: F401
 
 
-def build_engine(prepared: Prepared, device: torch.device, on_event: OnEvent) -> Engine:
+def build_engine(prepared: Prepared, device: torch.device, world: World, run: RunFolder, on_event: OnEvent) -> Engine:
     """The engine of a run before its first step.
 
     Raises:
@@ -55,10 +62,30 @@ def build_engine(prepared: Prepared, device: torch.device, on_event: OnEvent) ->
     recipe = prepared.recipe
     dtype = choose_dtype(recipe.model.dtype, device)
     on_event(Stage("load", f"{str(dtype).removeprefix('torch.')} on {device.type}"))
-    built = build_model(recipe, prepared.files, dtype=dtype, device=device, new_tokens=prepared.new_tokens)
+    is_sharded = choose_strategy(recipe, world.size) == "fsdp2"
+    if is_sharded and dtype is torch.float16:
+        raise UsageError(
+            "fsdp2 does not train in float16: its loss scaler does not know gradients that are divided",
+            where="distributed.strategy",
+            hint="set model.dtype: bfloat16 where the device has it, or distributed.strategy: ddp",
+        )
+    built = build_model(
+        recipe,
+        prepared.files,
+        dtype=dtype,
+        device=torch.device("cpu") if is_sharded and not recipe.is_4bit else device,
+        new_tokens=prepared.new_tokens,
+        is_sharded=is_sharded,
+    )
     mixed_precision = choose_mixed_precision(dtype, trains_base_weights=built.trains_base_weights)
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate would wrap the model in its own way
     AcceleratorState._reset_state()  # or a second run in this process could not choose another precision
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=device.type == "cpu",
+        log_with=list(recipe.logging.report_to) or None,
+        project_dir=find_folder(run),
+    )
     if recipe.train.fused:
         with accelerator.autocast():
             reason = fuse_checked(built.model, with_attention=recipe.model.attn_implementation is None)
@@ -72,8 +99,13 @@ def build_engine(prepared: Prepared, device: torch.device, on_event: OnEvent) ->
         release_between_blocks(built.model, growth=FUSED_GROWTH if is_fast and not drops else PLAIN_GROWTH)
         if is_fast and recipe.train.gradient_checkpointing:
             enable_checkpointing(unwrap(built.model), keep_attention)
-    optimizer = build_optimizer(built.model, recipe.train)
-    wrapped_model, wrapped_optimizer = accelerator.prepare(built.model, optimizer)
+    if is_sharded:
+        shard_model(built.model, device, world.size)  # accelerate has no part in it
+        optimizer = build_optimizer(built.model, recipe.train)
+        wrapped_model, wrapped_optimizer = built.model, optimizer
+    else:
+        optimizer = build_optimizer(built.model, recipe.train)
+        wrapped_model, wrapped_optimizer = accelerator.prepare(built.model, optimizer)
     if recipe.puts_documents_together:
         with accelerator.autocast():
             check_documents_apart(built.model)

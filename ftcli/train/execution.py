@@ -1,14 +1,16 @@
-"""A run under way: build the model, evaluate, step, save, and leave the artifact."""
+"""A run under way: build the model, evaluate, step, save, and leave the artifact.
+
+Every process of the run goes through the same; what lies in the run folder process 0 reads and writes (`ledger`).
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+
+import torch
 
 from ftcli.errors import (
     DiskError,
@@ -20,47 +22,38 @@ from ftcli.errors import (
     is_memory_error,
 )
 from ftcli.events import Notice, OnEvent, Saved, Stage, StepDone
-from ftcli.model.base import choose_device
 from ftcli.model.build import count_parameters
 from ftcli.recipe import Recipe
-from ftcli.store.file import check_free, free_bytes, sync_file
-from ftcli.store.run import (
-    RunFolder,
-    cut_lines,
-    discard_replaced,
-    now_text,
-    read_manifest,
-    seal_manifest,
-    update_manifest,
-)
+from ftcli.store.file import check_free, free_bytes
+from ftcli.store.run import RunFolder, discard_replaced, now_text, seal_manifest, update_manifest
 from ftcli.train.artifact import save_artifact
-from ftcli.train.best import find_best
 from ftcli.train.checkpoint import (
     Checkpoint,
-    list_changed_records,
+    gather_state,
     load_checkpoint,
     load_weights,
     name_path,
     read_checkpoint,
-    remove_newer_checkpoints,
-    rotate_checkpoints,
-    save_checkpoint,
 )
 from ftcli.train.engine import build_engine, import_libraries
 from ftcli.train.evaluation import Evaluation
 from ftcli.train.forecast import RunForecast, check_memory, explain_memory
+from ftcli.train.ledger import open_ledger
 from ftcli.train.loop import StepResult, run_steps
 from ftcli.train.memory import (
     limit_heap,
     measure_available,
+    measure_memory,
     measure_peak,
     start_measuring,
 )
 from ftcli.train.optim import list_trained
 from ftcli.train.prepare import Prepared
-from ftcli.train.record import record_step
 from ftcli.train.rehearsal import rehearse
+from ftcli.train.shard import gather_weights, is_sharded
 from ftcli.train.stop import StopRequest
+from ftcli.train.tracking import open_trackers
+from ftcli.train.world import World
 
 
 @dataclass
@@ -73,6 +66,7 @@ class Execution:
     stop: StopRequest
     on_event: OnEvent
     resume_command: str
+    world: World
     step: int = 0
     saved_step: int = 0
     start_rss_bytes: int = 0
@@ -85,12 +79,6 @@ class Execution:
     @property
     def total_steps(self) -> int:
         return self.prepared.plan.total_steps
-
-    @cached_property
-    def origin(self) -> str:
-        """A hash that ties checkpoints to this run: when it was started, and from what."""
-        entry = [read_manifest(self.run)["started_at"], self.prepared.identity]
-        return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
 
     def run_all(self, checkpoint: Checkpoint | None) -> None:
         """Nothing; the run folder holds the finished run.
@@ -110,7 +98,7 @@ class Execution:
         self.stop.hold()
         try:
             self._go_through()
-            self._rotate()  # a kill may have come between the last save and its rotation
+            self.ledger.rotate()  # a kill may have come between the last save and its rotation
             artifact = self._leave_artifact()
         except Interrupted as error:
             raise self._explain_stop(error) from None
@@ -120,9 +108,11 @@ class Execution:
             raise
         except Exception as error:
             with suppress(Exception):  # what is being reported comes first
-                self._save()
+                self._save_alone()
             self._check_memory(error, f"after step {self.step}")
             raise
+        finally:
+            self.trackers.close()
         self.on_event(Saved(str(artifact)))
         counts, peak = count_parameters(self.engine.model), measure_peak()
         measured = {
@@ -134,19 +124,24 @@ class Execution:
             "trainable_parameters": counts.trainable,
             "parameters": counts.total,
         }
-        seal_manifest(self.run, artifact, state="finished", finished_at=now_text(), measured=measured)
+        if self.world.is_main:
+            seal_manifest(self.run, artifact, state="finished", finished_at=now_text(), measured=measured)
 
     def _build(self) -> None:
         import_libraries(self.recipe)
-        device = choose_device()
+        device = self.world.choose_device()
         if device.type == "cpu":
             limit_heap()
         self.start_rss_bytes, self.available_bytes = start_measuring(), measure_available()
+        if device.type == "cpu":  # the processes of a machine share its memory
+            self.available_bytes //= self.world.n_local
         check_memory(self.forecast, self.recipe, self.available_bytes)
-        self.engine = build_engine(self.prepared, device, self.on_event)
-        self.evaluation = Evaluation(
-            self.run, self.prepared, self.engine.model, self.engine.accelerator, self.stop, self.on_event
-        )
+        self.engine = build_engine(self.prepared, device, self.world, self.run, self.on_event)
+        self.ledger = open_ledger(self.run, self.prepared, self.world, self.on_event)
+        self.trackers = open_trackers(self.recipe, self.run, self.ledger.origin, self.engine.accelerator, self.on_event)
+        check_stop = self._check if is_sharded(self.engine.model) else self.stop.check
+        tell = self.trackers.report
+        self.evaluation = Evaluation(self.run, self.prepared, self.engine, self.world, check_stop, tell)
 
     def _restore(self, checkpoint: Checkpoint | None) -> None:
         """Nothing; model, optimizer and records stand where the checkpoint was made, or at the beginning."""
@@ -156,23 +151,10 @@ class Execution:
                 self.engine.model,
                 self.engine.optimizer,
                 scaler=self.engine.accelerator.scaler,
-                origin=self.origin,
+                origin=self.ledger.origin,
             )
             self.step = self.saved_step = checkpoint.step
-        for path in remove_newer_checkpoints(self.run, self.step):
-            self.on_event(Notice(f"{path} is not on the way from step {self.step}: removed"))
-        for path in (self.run.metrics, self.run.timing, self.run.eval, self.run.prompts):
-            cut_lines(path, self.step if checkpoint else -1)
-        for path in self.run.samples.glob("*-*.jsonl"):
-            digits = path.stem.rpartition("-")[2]
-            if digits.isdecimal() and int(digits) > self.step:
-                path.unlink()
-        best = read_manifest(self.run).get("best")
-        if best and best["step"] > self.step:
-            update_manifest(self.run, best=None)
-        self._record_best()
-        for name in list_changed_records(checkpoint, self.run) if checkpoint else ():
-            self.on_event(Notice(f"{self.run.path / name} is damaged: its lines are not those that the run wrote"))
+        self.ledger.go_back(checkpoint)
 
     def _rehearse(self) -> None:
         """Nothing; the largest batches fit, and so will a checkpoint and the artifact."""
@@ -187,6 +169,10 @@ class Execution:
             plain_model=self.engine.model,
             has_moments=self.step > 0,
         )
+        self.world.on_main(self._check_disk)
+
+    def _check_disk(self) -> None:
+        """None if a checkpoint and the artifact fit; whether all that are kept will, is told."""
         size = sum(p.numel() * p.element_size() for _, p in list_trained(self.engine.model))
         checkpoint, limit = 3 * size, self.recipe.checkpoint.save_total_limit  # weights and two moments
         check_free(self.run.path, checkpoint + size)
@@ -196,14 +182,15 @@ class Execution:
 
     def _go_through(self) -> None:
         """Nothing; every step is made, recorded, saved and evaluated as the recipe says, or as many as helped."""
-        self.stop.check()
+        self._check()
         if self.evaluation.is_due(self.step):
             self._evaluate()
-        discard_replaced(self.run)
+        if self.world.is_main:
+            discard_replaced(self.run)
         if self._is_over():
             return
         self.on_event(Stage("train", f"{self.total_steps} steps"))
-        clock = _Clock(self.total_steps)
+        clock = _Clock(self.total_steps, self.start_rss_bytes, self.forecast)
         steps = run_steps(
             self.recipe,
             self.prepared.split.train.documents,
@@ -211,24 +198,39 @@ class Execution:
             self.engine.wrapped_model,
             self.engine.wrapped_optimizer,
             self.engine.accelerator,
+            world=self.world,
             first_step=self.step + 1,
-            should_stop=lambda: bool(self.stop.signal_number),
+            should_stop=self._is_stopped,
         )
         save_steps = self.recipe.checkpoint.save_steps
         try:
             for result in steps:
                 self.step = result.step
-                record_step(self.run, result)
-                self.on_event(clock.tick(result))
+                self.ledger.record_step(result)
+                self.trackers.report(clock.tick(result))
                 if self.step == self.total_steps or (save_steps and self.step % save_steps == 0):
                     self._save()
                 if self.evaluation.is_due(self.step):
                     self._evaluate()
                     if self._is_over():
                         break
-            self.stop.check()
+            self._check()
         except NumericError as error:
             raise self._explain_numbers(error) from None
+
+    def _is_stopped(self) -> bool:
+        """Whether a signal came to any process; every process knows then, and must ask at the same point."""
+        self.stop.signal_number = self.world.agree(self.stop.signal_number)
+        return bool(self.stop.signal_number)
+
+    def _check(self) -> None:
+        """None, unless a signal came to any process.
+
+        Raises:
+            Interrupted: with the signal's number.
+        """
+        if self._is_stopped():
+            self.stop.check()
 
     def _evaluate(self) -> None:
         """Nothing; held-out rows are measured after this step, and the step is saved if it is the best so far."""
@@ -243,27 +245,14 @@ class Execution:
                 why=str(error).partition("\n")[0],
                 hint=f"generate fewer answers at a time: --set eval.per_device_eval_batch_size={rows}",
             ) from error
-        best = find_best(self.run, self.recipe.eval)
+        best = self.ledger.find_best()
         if best and best.step == self.step:
             self._save()
-        self._record_best()
-
-    def _record_best(self) -> None:
-        """Nothing; the manifest names the best step, and the one that was best before may go."""
-        best = find_best(self.run, self.recipe.eval)
-        entry = {"step": best.step, "metric": best.metric, "value": best.value} if best else None
-        if entry != read_manifest(self.run).get("best"):
-            update_manifest(self.run, best=entry)
-            self._rotate()
-
-    def _rotate(self) -> None:
-        best = find_best(self.run, self.recipe.eval)
-        limit = self.recipe.checkpoint.save_total_limit
-        rotate_checkpoints(self.run, limit, best_step=best.step if best else None)
+        self.ledger.record_best()
 
     def _is_over(self) -> bool:
         """Whether too many evaluations in a row were no better; the last step is saved then."""
-        best, section = find_best(self.run, self.recipe.eval), self.recipe.eval
+        best, section = self.ledger.find_best(), self.recipe.eval
         patience = section.early_stopping_patience if section else None
         if best is None or patience is None or best.n_since < patience or self.step == self.total_steps:
             return False
@@ -276,41 +265,42 @@ class Execution:
 
     def _leave_artifact(self) -> Path:
         """The folder of the adapter or model: of the best step where the recipe says so, else of the last."""
-        step, best = self.step, find_best(self.run, self.recipe.eval)
+        step, best = self.step, self.ledger.find_best()
         if self.recipe.takes_best and best and best.step != step:
             try:
-                load_weights(read_checkpoint(name_path(self.run, best.step)), self.engine.model)
+                path = name_path(self.run, best.step)
+                load_weights(self.world.on_main(lambda: read_checkpoint(path)), self.engine.model)
                 step = best.step
             except FtcliError as error:
                 why = str(error).partition("\n")[0]
                 self.on_event(Notice(f"the best step, {best.step}, cannot be taken, so the last one is: {why}"))
-        artifact = save_artifact(self.run, self.prepared, self.engine.built)
-        update_manifest(self.run, artifact_step=step)
-        return artifact
+        model, is_full = self.engine.model, self.recipe.peft is None
+        weights = gather_weights(model, trained_only=not is_full) if is_sharded(model) else None
+
+        def save() -> Path:
+            artifact = save_artifact(self.run, self.prepared, self.engine.built, weights)
+            update_manifest(self.run, artifact_step=step)
+            return artifact
+
+        return self.world.on_main(save)
 
     def _save(self, *, rotates: bool = True) -> None:
         """Nothing; the steps that were made are in a checkpoint, and their records on the disk."""
         if self.step == self.saved_step:
             return
-        for path in (self.run.metrics, self.run.timing, self.run.eval):
-            if path.exists():
-                sync_file(path)
-        path = save_checkpoint(
-            self.run,
-            self.step,
-            self.engine.model,
-            self.engine.optimizer,
-            scaler=self.engine.accelerator.scaler,
-            origin=self.origin,
-        )
+        state = gather_state(self.engine.model, self.engine.optimizer, self.engine.accelerator.scaler)
+        self.ledger.save(self.step, state, rotates=rotates)
         self.saved_step = self.step
-        if rotates:
-            self._rotate()
-        self.on_event(Saved(str(path)))
+
+    def _save_alone(self) -> None:
+        """Nothing; the same where the other processes may be gone: nothing if each has only a part of the model."""
+        if not is_sharded(self.engine.model):
+            self._save()
 
     def _explain_stop(self, error: Interrupted) -> Interrupted:
-        """The same interruption, after a checkpoint, saying how to go on."""
+        """The same interruption, after a checkpoint, saying how to go on; every process has come here."""
         self._save()
+        self.world.wait()
         what = f"{error.what} after step {self.step} of {self.total_steps}, which is saved"
         hint = f"go on: {self.resume_command}"
         if not self.step:
@@ -328,9 +318,10 @@ class Execution:
     def _explain_numbers(self, error: NumericError) -> NumericError:
         """The same error, recorded, with the last good step saved and named; older checkpoints stay as they are."""
         if isinstance(error.result, StepResult):
-            record_step(self.run, error.result)
+            self.ledger.record_step(error.result)
             with suppress(DiskError, NumericError):
                 self._save(rotates=False)
+        self.world.wait()
         path = name_path(self.run, self.saved_step)
         error.hint += f"; the last good checkpoint is {path}" if self.saved_step else "; no step is saved"
         return error
@@ -349,8 +340,10 @@ class Execution:
 class _Clock:
     """Turns step results into events with the time that is left, from the mean of the steps so far."""
 
-    def __init__(self, total_steps: int) -> None:
+    def __init__(self, total_steps: int, start_rss_bytes: int, forecast: RunForecast | None) -> None:
         self.total_steps = total_steps
+        self.start_bytes = 0 if torch.cuda.is_available() else start_rss_bytes
+        self.forecast_bytes = forecast.forecast.total_bytes if forecast else 0
         self.seconds = 0.0
         self.n_steps = 0
 
@@ -367,4 +360,6 @@ class _Clock:
             lr=result.lr,
             tokens_per_second=result.n_tokens / max(result.seconds, 1e-9),
             seconds_left=left,
+            memory_bytes=max(0, measure_memory() - self.start_bytes),
+            forecast_bytes=self.forecast_bytes,
         )

@@ -49,7 +49,7 @@ def forecast_run(prepared: Prepared) -> RunForecast | None:
 
     The micro-batch with the most tokens decides; evaluation is not in it.
     """
-    files, recipe, device = prepared.files, prepared.recipe, choose_device()
+    files, recipe, device, n = prepared.files, prepared.recipe, choose_device(), prepared.plan.n_processes
     try:
         table = read_weight_table(files.gguf_path or files.folder)
         config = None if files.gguf_path else read_config(files)
@@ -57,7 +57,7 @@ def forecast_run(prepared: Prepared) -> RunForecast | None:
         dtype = str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
         kind: Device = "cuda" if device.type == "cuda" else "cpu"
         is_fused = is_fast(recipe, anatomy.dimensions.family)
-        training = build_recipe_training(recipe, anatomy, device=kind, is_fused=is_fused, dtype=dtype)
+        training = build_recipe_training(recipe, anatomy, device=kind, is_fused=is_fused, dtype=dtype, n_processes=n)
         shape = measure_shape(anatomy)
     except FtcliError:
         return None

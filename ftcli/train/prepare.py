@@ -34,6 +34,7 @@ from ftcli.train.change import list_identity
 from ftcli.train.loop import Plan, plan_run
 from ftcli.train.optim import plan_warmup
 from ftcli.train.rehearsal import Group, find_largest
+from ftcli.train.tracking import check_trackers
 
 _TOLD_ELSEWHERE = ("no-target", "typed-special", "history")
 
@@ -66,7 +67,7 @@ class Prepared:
     def identity(self) -> dict[str, Any]:
         """Everything that ties a checkpoint to runs like this one."""
         inputs = {**self.inputs, "base": self.inputs["base"]["fingerprint"]}
-        return {"recipe": list_identity(self.recipe), "inputs": inputs}
+        return {"recipe": list_identity(self.recipe, self.plan.n_processes), "inputs": inputs}
 
 
 def prepare_run(
@@ -75,6 +76,7 @@ def prepare_run(
     *,
     revision: str | None = None,
     template_date: str | None = None,
+    n_processes: int = 1,
 ) -> Prepared:
     """The run that a recipe describes: files found, names checked, rows rendered, steps counted.
 
@@ -83,12 +85,14 @@ def prepare_run(
         on_event: told of stages, and of rows that are not trained on as they were written.
         revision: of the base on the Hub, instead of the newest one.
         template_date: what a template that writes the date is told (ISO 8601), instead of today.
+        n_processes: how many share the micro-batches of a step.
 
     Raises:
         FtcliError: anything wrong with recipe, model or data; nothing was written.
     """
     recipe = loaded.recipe
     _check_device(recipe)
+    check_trackers(recipe)
     on_event(Stage("model", recipe.model.name_or_path))
     files = find_model(recipe.model.name_or_path, revision=revision or recipe.model.revision)
     skeleton = build_skeleton(files, recipe.model)
@@ -112,7 +116,7 @@ def prepare_run(
     limits = read_limits(files, embedding_rows=n_rows)
     split = load_data(recipe, renderer, limits, on_event)
     split = add_evaluation(recipe, split, renderer, skeleton.config, on_event)
-    plan = plan_run(recipe, split.train.documents)
+    plan = plan_run(recipe, split.train.documents, n_processes)
     if plan_warmup(recipe.train, plan.total_steps) >= plan.total_steps:
         on_event(Notice(f"the warm-up takes all {plan.total_steps} steps: the peak learning rate is never reached"))
     inputs = {

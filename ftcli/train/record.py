@@ -30,6 +30,7 @@ def write_start(run: RunFolder, prepared: Prepared, forecast: RunForecast | None
         finished_at=None,
         versions=list_versions(),
         dtype=name_dtype(recipe.model),
+        processes=prepared.plan.n_processes,
         **prepared.inputs,
         parent=recipe.peft.adapter if recipe.peft else None,
         data={part.name: asdict(part.report) for part in (prepared.split.train, *prepared.split.held_out)},
@@ -46,7 +47,8 @@ def write_restart(run: RunFolder, prepared: Prepared, changes: Sequence[Change],
     """Nothing; the manifest says that the run is under way again, and what differs after ``step``."""
     entries = [{"step": step, "key": change.key, "old": change.old, "new": change.new} for change in changes]
     before = read_manifest(run).get("changes", [])
-    update_manifest(run, state="running", finished_at=None, changes=[*before, *entries])
+    processes = prepared.plan.n_processes
+    update_manifest(run, state="running", finished_at=None, processes=processes, changes=[*before, *entries])
     _write_recipe(run, prepared)
 
 

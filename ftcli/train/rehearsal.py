@@ -41,7 +41,7 @@ def find_largest(recipe: Recipe, documents: Documents, plan: Plan) -> list[Group
 def _list_batches(recipe: Recipe, documents: Documents, plan: Plan) -> Iterator[Group]:
     n_left = plan.total_steps
     for epoch, n_steps in enumerate(plan.epoch_steps if not recipe.data.packing else plan.epoch_steps[:1]):
-        steps = plan_steps(recipe, documents, epoch=epoch) if epoch else plan.first_epoch
+        steps = plan_steps(recipe, documents, epoch=epoch, n_processes=plan.n_processes) if epoch else plan.first_epoch
         yield from chain.from_iterable(steps[:n_left])
         n_left -= n_steps
 
@@ -72,7 +72,7 @@ def rehearse(
     moments = [] if has_moments else [torch.zeros_like(p) for _, p in list_trained(plain_model) for _ in range(2)]
     for documents in largest:
         batch = build_batch(documents)
-        add_gradients(model, batch, accelerator, batch.n_targets)
+        add_gradients(model, batch, accelerator, 1 / batch.n_targets)
     for parameter in plain_model.parameters():
         parameter.grad = None
     limit = recipe.data.max_length if recipe.puts_documents_together else 1

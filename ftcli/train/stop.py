@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 from ftcli.errors import Stopped, explain_stop
 
 received: list[int] = []  # the signals that were to end the work at once
+
+
+def is_launched() -> bool:
+    """Whether a launcher (torchrun, accelerate, ftcli) started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """A block of a moment in which signals are lost: what is being told is told to its end."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stop_at_once() -> None:

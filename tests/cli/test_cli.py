@@ -206,7 +206,9 @@ def start(*words: str, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_signals_save_and_say_how_to_go_on(write_recipe: Any, tmp_path: Path, number: int, code: int) -> None:
     path = write_recipe()
     process = start("train", str(path), "--set", "train.max_steps=100000")
@@ -229,6 +231,7 @@ def test_signals_save_and_say_how_to_go_on(write_recipe: Any, tmp_path: Path, nu
     assert checkpoint.name == f"step-{last:06d}"
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_from_its_newest_checkpoint(write_recipe: Any, tmp_path: Path) -> None:
     path = write_recipe(checkpoint={"save_steps": 2})
     whole = start("train", str(path), "--set", "output_dir=" + str(tmp_path / "whole"), "--set", "train.max_steps=24")

@@ -54,7 +54,7 @@ def check_keys(method: str, section: dict[str, Any]) -> None:
         assert (parsed.load_in_4bit, parsed.load_in_8bit) == (method == "nf4", method == "int8")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "nf4", "int8"])
+@pytest.mark.parametrize("method", ["gptq", pytest.param("awq", marks=pytest.mark.slow), "nf4", "int8"])
 def test_a_run_is_quantised_measured_and_told(method: str, run: RunFolder) -> None:
     """No rows are named: rounding is fitted to the run's training data, and the result is held out rows away."""
     options = FITTED if method in ("gptq", "awq") else ()
@@ -403,6 +403,7 @@ def test_rows_to_compare_on_are_read_before_anything_is_made(
     assert text in result.output
 
 
+@pytest.mark.slow
 def test_rows_longer_than_the_context_are_cut_for_rounding_and_not_for_comparing(
     tiny_model: Path, tmp_path: Path
 ) -> None:

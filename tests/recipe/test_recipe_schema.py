@@ -39,7 +39,7 @@ def test_defaults_are_those_of_the_design() -> None:
 
 def test_every_key_is_described_in_one_line() -> None:
     keys = list_keys()
-    assert len(keys) == 83
+    assert len(keys) == 89
     for key in keys:
         kind = find_kind([0 if part == "" else part for part in key.replace("[]", ".").split(".")])
         assert kind is not None, key

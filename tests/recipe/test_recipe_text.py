@@ -104,7 +104,7 @@ def test_the_dump_names_sources_and_keeps_the_order(tmp_path: Path) -> None:
     lines = dump_recipe(loaded.recipe, loaded.sources).splitlines()
     assert [line.partition(":")[0] for line in lines if line[0].isalpha()] == [
         "schema", "model", "tokenizer", "quantization", "peft", "datasets", "data", "train", "eval", "checkpoint",
-        "output_dir",
+        "logging", "distributed", "output_dir",
     ]  # fmt: skip
     assert [line.strip() for line in lines if "#" in line] == [
         "name_or_path: m  # r.yaml:2",

@@ -74,6 +74,7 @@ def test_an_adapter_with_new_tokens_is_refused_on_the_base_without_them(
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(run.adapter))
 
 
+@pytest.mark.slow
 def test_new_tokens_are_saved_for_a_base_of_the_hub_while_offline(
     write_recipe: Any, tmp_path: Path, tiny_tokenizer: Any
 ) -> None:

@@ -109,6 +109,7 @@ def test_what_the_steps_cannot_go_on_with_is_refused(stopped: Path, setting: str
 def test_every_key_has_an_effect() -> None:
     """A new key must be thought about here: none but sections whose keys all do the same may leave it to them."""
     alike = ("model", "tokenizer", "quantization", "peft", "datasets", "data", "eval", "checkpoint")
+    alike += ("logging", "distributed")
     for key in list_keys():
         section, _, leaf = key.partition(".")
         assert key in _EFFECTS or section.removesuffix("[]") in alike or not leaf, key

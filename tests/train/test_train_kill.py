@@ -19,12 +19,12 @@ import pytest
 
 from ftcli.errors import ContentError, DiskError, FtcliError, Interrupted, UsageError
 from ftcli.events import EvalDone, Event, Notice, Progress, Sampled, Saved, Stage, StepDone
-from ftcli.jobs.summary import summarize_run
 from ftcli.store import run as store_run
 from ftcli.store.file import free_bytes
 from ftcli.store.run import RunFolder, append_line, read_lines, read_manifest
 from ftcli.train.checkpoint import read_checkpoint
 from ftcli.train.run import train
+from ftcli.train.summary import summarize_run
 
 CRASH = Path(__file__).parents[1] / "crash.py"
 EVAL = {
@@ -53,7 +53,7 @@ def hard_recipe(write_recipe: Any) -> Path:
 
 @pytest.mark.parametrize(
     ("case", "n"),
-    [("begin", 4), *(pytest.param(case, 2, marks=pytest.mark.slow) for case in ("overwrite", "resume"))],
+    [pytest.param(case, n, marks=pytest.mark.slow) for case, n in (("begin", 4), ("overwrite", 2), ("resume", 2))],
 )
 def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(hard_recipe: Path, case: str, n: int) -> None:
     """A sample that is seeded, and spread over all of the changes that a run makes to the disk."""
@@ -82,7 +82,7 @@ def test_a_rotation_that_a_kill_prevented_is_made_up_for(write_recipe: Any, monk
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr("ftcli.train.execution.rotate_checkpoints", fail)
+        patch.setattr("ftcli.train.ledger.rotate_checkpoints", fail)
         train(path)
     run = train(path, resume=True)
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-000006"]

@@ -193,11 +193,11 @@ def test_plain_peft_loads_the_adapter_with_equal_logits(
     kept: list[Any] = []
     original = run_module.save_artifact
 
-    def keep_logits(run: Any, prepared: Any, built: Any) -> Path:
+    def keep_logits(run: Any, prepared: Any, built: Any, weights: Any) -> Path:
         unfuse(built.model)  # what PEFT makes of the same weights, to the bit
         with torch.no_grad():
             kept.append(built.model.eval()(input_ids=torch.arange(40)[None] % 384, use_cache=False).logits)
-        return original(run, prepared, built)
+        return original(run, prepared, built, weights)
 
     run_module.save_artifact = keep_logits
     try:

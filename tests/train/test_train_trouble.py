@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 import ftcli.train.execution as execution
 from ftcli.errors import ContentError, DiskError, FtcliError, Interrupted, NumericError, UsageError
 from ftcli.events import EvalDone, StepDone
-from ftcli.jobs.summary import summarize_run
 from ftcli.store.run import RunFolder, read_lines, read_manifest, update_manifest
 from ftcli.train.run import train
+from ftcli.train.summary import summarize_run
 
 
 def stop_after(kind: Any, **wanted: Any) -> Any:
@@ -203,6 +203,7 @@ def test_line_separators_in_answers_do_not_split_lines(tmp_path: Path) -> None:
     assert read_lines(path) == [{"text": "a\u2028b\u0085c"}]
 
 
+@pytest.mark.slow
 def test_a_closed_log_does_not_end_the_run(write_recipe: Any, tmp_path: Path) -> None:
     command = f"{sys.executable} -m ftcli train {write_recipe()} --set train.max_steps=40 2>&1 >/dev/null | head -3"
     subprocess.run(["bash", "-c", command], capture_output=True, timeout=120, check=True)
