@@ -35,7 +35,7 @@ _LARGE = 20e9  # parameters; larger models learn with half the rate
 
 @dataclass(frozen=True)
 class Choice:
-    """How the run fits: method, rows (or packs) side by side, checkpointing; ``fits`` None without a known budget."""
+    """How the run fits: method, rows (or packs) side by side, checkpointing."""
 
     method: Method
     batch: int

@@ -16,7 +16,6 @@ from typing import Any
 import yaml
 
 from ftcli.errors import ContentError, UsageError
-from ftcli.recipe.field import list_keys
 from ftcli.recipe.foreign import TOOLS, Kind, Tool
 from ftcli.recipe.foreign_rows import list_rows
 from ftcli.recipe.load import build_recipe
@@ -126,7 +125,7 @@ class _Translator:
         self._translate_run()
         for key, ours in self.tool.keys.items():
             value = self.left.pop(key, None)
-            if value not in _EMPTY or (value is False and ours in list_keys()):
+            if value is not None and value not in ("", [], {}):  # 0 and false say something
                 self._set(ours, _to_number(value))
         self._fill_defaults()
         self._drop_contradictions()

@@ -126,7 +126,7 @@ def list_identity(recipe: Recipe, n_processes: int = 1) -> dict[str, Any]:
 
     Held-out rows are not among them: they are part of the data's hash.
     """
-    flat = dict(_flatten(recipe.model_dump(mode="json", by_alias=True, exclude={"eval"})))
+    flat = dict(flatten_section(recipe.model_dump(mode="json", by_alias=True, exclude={"eval"})))
     kept = {key: value for key, value in flat.items() if find_effect(key)[0] == "foreign" and key not in _BATCH}
     return {**kept, "rows per step": _count_rows(recipe, n_processes)}
 
@@ -135,9 +135,10 @@ def _count_rows(recipe: Recipe, n_processes: int) -> int:
     return recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps * n_processes
 
 
-def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_section(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields dotted keys and values."""
     for key, value in section.items():
         if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten_section(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -53,7 +53,7 @@ def build_report(run: RunFolder) -> str:
         *_write_facts(list_facts(summary, manifest)),
         "<h2>Training</h2>",
         '<div class="plots">',
-        *(f"<div>{picture}</div>" for picture in _draw_run(run, summary)),
+        *(f"<div>{picture}</div>" for picture in _draw_run(run, summary, manifest)),
         "</div>",
         *_write_evals(run, summary),
         *_write_prompts(run),
@@ -98,7 +98,7 @@ def _write_facts(facts: list[tuple[str, str]]) -> Iterator[str]:
     yield "</table>"
 
 
-def _draw_run(run: RunFolder, summary: RunSummary) -> Iterator[str]:
+def _draw_run(run: RunFolder, summary: RunSummary, manifest: Mapping[str, Any]) -> Iterator[str]:
     metrics = _read_finite(run, "loss", "grad_norm", "lr")
     steps = [entry["step"] for entry in metrics]
     if not steps:
@@ -118,8 +118,8 @@ def _draw_run(run: RunFolder, summary: RunSummary) -> Iterator[str]:
         return
     speed = Curve("speed", steps, [entry["tokens_per_second"] for entry in timing])
     yield draw_curves("throughput", "tokens a second", [speed], limits=(0, None))
-    start = (read_manifest(run).get("measured") or {}).get("start_rss_bytes") or 0
-    start = 0 if (read_manifest(run).get("forecast") or {}).get("device") == "cuda" else start
+    is_cuda = (manifest.get("forecast") or {}).get("device") == "cuda"
+    start = 0 if is_cuda else (manifest.get("measured") or {}).get("start_rss_bytes") or 0
     sizes = [entry["memory_bytes"] - start for entry in timing]
     unit, name = (1e9, "GB") if max(*sizes, summary.forecast_bytes or 0) >= 1e9 else (1e6, "MB")
     used = [Curve("between steps", steps, [size / unit for size in sizes])]

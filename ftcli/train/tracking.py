@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ftcli.errors import UsageError
 from ftcli.events import EvalDone, Event, Notice, OnEvent, StepDone
 from ftcli.recipe import Recipe
 from ftcli.store.run import RunFolder
+from ftcli.train.change import flatten_section
 
 
 def check_trackers(recipe: Recipe) -> None:
@@ -35,7 +36,7 @@ class Trackers:
 
     accelerator: Any
     on_event: OnEvent
-    is_open: bool = field(default=True)
+    is_open: bool
 
     def report(self, event: Event) -> None:
         """Nothing; the event was handed on, and its numbers went to the trackers."""
@@ -51,13 +52,14 @@ class Trackers:
     def close(self) -> None:
         """Nothing; the trackers have everything."""
         for tracker in self.accelerator.trackers if self.is_open else ():  # end_training would end the processes' group
-            self._try(tracker.finish)
+            self.attempt(tracker.finish)
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
         if self.is_open:
-            self._try(self.accelerator.log, values, step=step)
+            self.attempt(self.accelerator.log, values, step=step)
 
-    def _try(self, function: Any, *arguments: Any, **options: Any) -> None:
+    def attempt(self, function: Any, *arguments: Any, **options: Any) -> None:
+        """Nothing; ``function`` was called; if it failed, the trackers are told no more, and the run goes on."""
         try:
             function(*arguments, **options)
         except Exception as error:
@@ -80,20 +82,12 @@ def open_trackers(recipe: Recipe, run: RunFolder, origin: str, accelerator: Any,
         "mlflow": {"run_name": name},
         "trackio": {"name": name, "resume": "allow"},
     }
-    values = dict(_flatten(recipe.model_dump(mode="json", by_alias=True)))
-    trackers._try(accelerator.init_trackers, recipe.logging.project, config=values, init_kwargs=options)
+    flat = flatten_section(recipe.model_dump(mode="json", by_alias=True))
+    values = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in flat}
+    trackers.attempt(accelerator.init_trackers, recipe.logging.project, config=values, init_kwargs=options)
     return trackers
 
 
 def find_folder(run: RunFolder) -> Path:
     """Where trackers that write files write them."""
     return run.path / "trackers"
-
-
-def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields dotted keys and values that every tracker can store."""
-    for key, value in section.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, bool | int | float | str) else str(value)

@@ -147,6 +147,11 @@ def test_trl(tmp_path: Path) -> None:
     assert (recipe["train"]["learning_rate"], recipe["train"]["lr_scheduler_type"]) == (2e-5, "linear")
     assert (recipe["data"]["max_length"], recipe["data"]["overflow"]) == (1024, "truncate")
     assert "assistant_only_loss" in list_keys(found, "default")
+    _, recipe = translate(tmp_path, TRL + "lora_dropout: 0.0\nseed: 0\n")
+    assert (recipe["peft"]["lora_dropout"], recipe["train"]["seed"]) == (
+        0,
+        0,
+    )  # as it says, not as where it says nothing
     _, recipe = translate(tmp_path, TRL.replace("use_peft: true\nload_in_4bit: true\n", "assistant_only_loss: true\n"))
     assert recipe["peft"] is None
     assert recipe["datasets"][0]["train_on"] == "assistant"
