@@ -13,10 +13,15 @@ def build_front(
 ) -> list[str]:
     """The lines of the front matter of a model that was made from ``base``."""
     front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
-    if base and "://" not in base and not base.startswith(("/", ".", "~")):
+    if base and not is_local(base):
         front["base_model"] = base
     front["tags"] = list(tags)
     return ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", ""]
+
+
+def is_local(reference: str) -> bool:
+    """Whether a model or data set is named by where it lies on this machine, which says nothing to others."""
+    return "://" in reference or reference.startswith(("/", ".", "~"))
 
 
 def list_use(path: str, *, adapter_on: str | None = None) -> list[str]:

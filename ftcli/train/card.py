@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftcli.recipe import Recipe, load_recipe
-from ftcli.store.card import build_front, list_use
+from ftcli.store.card import build_front, is_local, list_use
 from ftcli.store.file import write_text
 from ftcli.store.run import RunFolder, read_manifest
 from ftcli.train.summary import RunSummary, summarize_run
@@ -56,8 +56,7 @@ def build_card(run: RunFolder, *, repository: str | None = None) -> str:
 
 def name_source(reference: str) -> str:
     """A Hub id as it is; of a path its last part, as the rest says nothing to others."""
-    is_local = reference.startswith(("/", ".", "~")) or "://" in reference
-    return Path(reference).name if is_local else reference
+    return Path(reference).name if is_local(reference) else reference
 
 
 def _describe_results(summary: RunSummary) -> Iterator[str]:
